@@ -1,0 +1,97 @@
+"""An adapter is sites: one adapted parameter each, with its config and a few named factors on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from lorasurgery.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Generator, Tensor
+
+    from lorasurgery.arrays import Array
+
+    A = TypeVar("A", np.ndarray[Any, np.dtype[Any]], Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The fields that every variant reads; `extra` holds a variant's own."""
+
+    variant: str
+    rank: int
+    alpha: float
+    rank_stabilized: bool = False
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def scaling(self) -> float:
+        """Alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732). The one place it is computed."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adapted parameter, as the trainer saw it.
+
+    `module` is the path without the trainer's prefix; `parameter` is 'weight' but for
+    target_parameters; `factors` are facts; `load` reads them as float32, W-side: A [r, in], B [out, r].
+    `layout` says how W is meant: 'linear' [out, in], 'conv1d' [in, out] (GPT-2), 'embedding'
+    [tokens, dim] (factors already turned), 'experts' [experts, out, in] (A expert-slowest, B expert-fastest).
+    """
+
+    module: str
+    parameter: str
+    layout: str
+    config: AdapterConfig
+    factors: Mapping[str, TensorInfo]
+    load: Callable[[], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """All that an adapter directory or file says, whatever its dialect."""
+
+    path: Path
+    dialect: str
+    base: str | None  # the base model's name as the trainer recorded it
+    sites: tuple[Site, ...]
+    # whole tensors that replace the base's (modules_to_save, bias), by module path + parameter
+    replaced: Mapping[str, TensorInfo]
+    # vectors that are added (lora_bias), scaling applied by `load`
+    added: Mapping[str, TensorInfo]
+    load: Callable[[str], Array]  # one of `replaced` or `added`; `added` as float32, scaled
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
+
+
+class Variant(Protocol):
+    """What a module in adapters/ offers. W is [out, in]; all maths in float32."""
+
+    @property
+    def LINEAR_IN_W(self) -> bool: ...  # the delta is free of W, so unmerging subtracts it
+
+    def shapes(self, out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]: ...
+    def init(self, w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]: ...
+    def delta(self, w: A, factors: Mapping[str, A], config: AdapterConfig) -> A: ...
+    def forward(
+        self, x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig
+    ) -> Tensor: ...
+
+    def low_rank(self, factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:
+        """A [k, in] and B [out, k], scaling folded in, with delta = B A; None if there is no such form."""
+        ...
+
+
+class Dialect(Protocol):
+    """What a module in dialects/ offers: one on-disk layout of adapters."""
+
+    def detect(self, path: Path) -> bool:
+        """Whether this path holds an adapter in this layout, told from names and headers."""
+        ...
+
+    def read(self, path: Path) -> Adapter: ...

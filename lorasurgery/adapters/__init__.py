@@ -1,0 +1,1 @@
+"""Variants: the formulas of the LoRA family as pure functions. One file is one variant."""

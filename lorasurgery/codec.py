@@ -1,0 +1,81 @@
+"""A codec packs one logical weight into several tensors: codes that can be tiled, and scales.
+
+Merging into a quantized base is encode(decode(parts) + delta): adapters never learn of codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorasurgery.checkpoint import Checkpoint
+from lorasurgery.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from lorasurgery.arrays import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One logical weight of a quantized checkpoint.
+
+    `info` is the weight as it was (dtype, shape); `codes` names the tensor of packed codes;
+    `parts` are all tensors it is stored in; `state` is the codec's own (block size, nesting, ...).
+    """
+
+    info: TensorInfo
+    codec: str
+    codes: str
+    parts: Mapping[str, TensorInfo]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CodecOptions:
+    """How to pack: weights per scale, and whether the scales are quantized once more."""
+
+    block: int = 64
+    double: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Codec(Protocol):
+    """What a module in codecs/ offers. Weights are flat; a tile starts at a multiple of `tile`."""
+
+    def group(self, source: Checkpoint) -> dict[str, Packed]:
+        """The logical weights that this codec finds in a checkpoint, by weight name."""
+        ...
+
+    def parts(self, info: TensorInfo, options: CodecOptions) -> Packed:
+        """How a weight will be stored: facts alone, before any data."""
+        ...
+
+    def multiple(self, packed: Packed) -> int:
+        """A tile of the flat weight starts at a multiple of this many elements."""
+        ...
+
+    def encode(self, flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
+        """A tile -> its packed codes and its float32 scales. `rule` says how to round."""
+        ...
+
+    def seal(self, absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
+        """All scales of a weight -> every part but the codes, and the scales as they decode."""
+        ...
+
+    def scales(self, packed: Packed, read: Callable[[str], Array]) -> Array:
+        """The float32 scales of a stored weight; `read` fetches a part by its name."""
+        ...
+
+    def decode(self, codes: Array, absmax: Array, packed: Packed, dtype: str) -> Array:
+        """A tile of packed codes with its scales -> flat weights of dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a value becomes a code: to the nearest, or up or down by chance; on which scales."""
+
+    absmax: Array | None = None  # float32 scales to keep; None: fresh from the values
+    seed: int | None = None  # None: to the nearest code
+    offset: int = 0  # index of the tile's first element, so that chance is free of tiling

@@ -1,0 +1,1 @@
+"""Dialects: on-disk layouts of adapters. Names and transposes only, no maths."""

@@ -1,0 +1,1 @@
+"""Kernels: each with its definition in torch, a CPU path and a Triton path."""

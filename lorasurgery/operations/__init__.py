@@ -1,0 +1,1 @@
+"""Operations: what a command does, as one library function each."""
