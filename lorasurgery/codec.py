@@ -64,11 +64,23 @@ class Codec(Protocol):
         ...
 
     def scales(self, packed: Packed, read: Callable[[str], Array]) -> Array:
-        """The float32 scales of a stored weight; `read` fetches a part by its name."""
+        """The float32 scales of a stored weight; `read` fetches a tensor by its full name."""
         ...
 
-    def decode(self, codes: Array, absmax: Array, packed: Packed, dtype: str) -> Array:
-        """A tile of packed codes with its scales -> flat weights of dtype."""
+    def table(self, packed: Packed, read: Callable[[str], Array]) -> Array:
+        """The values that the codes of a stored weight stand for, float32."""
+        ...
+
+    def decode(self, codes: Array, absmax: Array, table: Array, n: int, packed: Packed) -> Array:
+        """A tile of codes with its scales -> n flat weights in packed.info.dtype."""
+        ...
+
+    def as_dtype(self, packed: Packed, dtype: str) -> Packed:
+        """The same stored weight, to be decoded to another dtype."""
+        ...
+
+    def config(self, options: CodecOptions, dtype: str, skipped: list[str]) -> dict[str, Any]:
+        """What config.json says of a checkpoint in this codec; `skipped` are module names."""
         ...
 
 

@@ -1,0 +1,116 @@
+"""Write one safetensors file whose tensors are announced first and then arrive in any order."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasurgery.arrays import Array
+from lorasurgery.formats.safetensors import header_of, parse_header
+from lorasurgery.tensors import BITS, TensorInfo
+
+_SYNC_FILE_RANGE_WRITE = 2
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_COPY_CHUNK = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file to be: its name, its header (without the 8 length bytes) and its tensors."""
+
+    file: str
+    header: bytes
+    infos: tuple[TensorInfo, ...]
+
+    @property
+    def size(self) -> int:
+        return 8 + len(self.header) + sum(info.nbytes for info in self.infos)
+
+
+def lay_out(
+    infos: Iterable[TensorInfo], max_shard: int, metadata: Mapping[str, str]
+) -> tuple[Shard, ...]:
+    """Tensors in their order into files of at most max_shard bytes, named as Hugging Face does."""
+    groups: list[list[TensorInfo]] = [[]]
+    room = max_shard
+    for info in infos:
+        if groups[-1] and info.nbytes > room:
+            groups.append([])
+            room = max_shard
+        groups[-1].append(info)
+        room -= info.nbytes
+    return tuple(
+        Shard(_file_name(i, len(groups)), header_of(group, metadata), tuple(group))
+        for i, group in enumerate(map(_widest_first, groups), 1)
+    )
+
+
+def _file_name(i: int, n: int) -> str:
+    return "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
+
+
+def _widest_first(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """Wider dtypes first, so that every tensor starts at a multiple of its item size."""
+    return sorted(infos, key=lambda info: -BITS[info.dtype])
+
+
+class Writer:
+    """A preallocated file; `write` and `copy` may come from several threads."""
+
+    def __init__(self, folder: Path, shard: Shard, *, resume: bool) -> None:
+        self.path, self.shard = folder / shard.file, shard
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_EXCL)
+        self._fd = os.open(self.path, flags, 0o644)
+        start = 8 + len(shard.header)
+        _, _, offsets = parse_header(self.path, shard.header, shard.size - start)
+        self._begin = {name: start + begin for name, (begin, _) in offsets.items()}
+        self._end = {name: start + end for name, (_, end) in offsets.items()}
+        if not resume:
+            os.posix_fallocate(self._fd, 0, shard.size)  # a full disk shows here
+            os.pwrite(self._fd, len(shard.header).to_bytes(8, "little") + shard.header, 0)
+
+    def write(self, name: str, offset: int, data: Array) -> None:
+        """Put uint8 data at this byte offset of the tensor."""
+        view, at = memoryview(data), self._begin[name] + offset
+        while view:
+            n = os.pwrite(self._fd, view, at)
+            view, at = view[n:], at + n
+
+    def copy(self, name: str, source: Path, at: int) -> None:
+        """Fill the tensor from another file, without the bytes passing through this process."""
+        end, target = self._end[name], self._begin[name]
+        with source.open("rb") as file:
+            while target < end:
+                n = _copy_range(file.fileno(), self._fd, min(end - target, _COPY_CHUNK), at, target)
+                if n == 0:
+                    raise OSError(errno.EIO, f"ends before {name} does", str(source))
+                at, target = at + n, target + n
+
+    def start_writeback(self, name: str) -> None:
+        """Ask the system to begin writing this tensor to the disk; waits for nothing."""
+        begin, length = self._begin[name], self._end[name] - self._begin[name]
+        if hasattr(_LIBC, "sync_file_range"):
+            _LIBC.sync_file_range(
+                self._fd, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
+            )
+
+    def nbytes(self, name: str) -> int:
+        return self._end[name] - self._begin[name]
+
+    def close(self, *, durable: bool = False) -> None:
+        if durable:
+            os.fsync(self._fd)
+        os.close(self._fd)
+
+
+def _copy_range(source: int, target: int, length: int, at: int, to: int) -> int:
+    try:
+        return os.copy_file_range(source, target, length, at, to)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    return os.pwrite(target, os.pread(source, min(length, 1 << 20), at), to)
