@@ -1,0 +1,117 @@
+"""A model directory: its weights, its config.json, and the files that travel along."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasurgery.checkpoint import Checkpoint, open_checkpoint, read_json
+from lorasurgery.errors import FormatError
+from lorasurgery.tensors import TensorInfo
+from lorasurgery.weights import Weights
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
+    ".index.json", ".partial",
+)  # fmt: skip
+_OURS = ("surgery.json", ".journal.jsonl")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+# nn.Embedding tables, output heads and what is no matrix product, by the names that models give them
+_NOT_LINEAR = (
+    "*embed*", "*wte*", "*wpe*", "*lm_head*", "*output_projection*", "shared.weight", "*norm*",
+    "*ln_*", "*relative_attention_bias*", "*position*", "*cls.predictions*",
+)  # fmt: skip
+# transformers holds these as fused parameters, which bitsandbytes leaves alone
+_EXPERTS = ("*experts*", "*.gate.weight", "*.router.*")
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An opened model: `stored` is what the files hold, `weights` the logical view of it."""
+
+    path: Path
+    stored: Checkpoint
+    weights: Weights
+    config: Mapping[str, Any]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The side files (tokenizer, generation config, chat template, code), by relative name."""
+        if not self.path.is_dir():
+            return {}
+        return {
+            str(file.relative_to(self.path)): file
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file()
+            and not file.name.endswith(_WEIGHTS)
+            and file.name not in _OURS
+            and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
+            and "residual_adapter" not in file.parts
+        }
+
+    def with_config(self, config: Mapping[str, Any]) -> dict[str, bytes | Path]:
+        """The side files with another config.json."""
+        files: dict[str, bytes | Path] = dict(self.files)
+        if config:
+            files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+        return files
+
+
+def open_model(path: Path, dtype: str | None = None) -> Model:
+    """Open a directory or one weight file; headers alone are read. Packed weights decode to dtype."""
+    stored = open_checkpoint(path)
+    home = path if path.is_dir() else path.parent
+    has_config = path.is_dir() and (home / "config.json").exists()
+    config = read_json(home / "config.json") if has_config else {}
+    return Model(path, stored, Weights(stored, dtype), config)
+
+
+def resolve(text: str) -> Path:
+    """A path as it is; `org/name[@revision]` downloaded into the hub's cache."""
+    if Path(text).exists() or not _HUB_ID.fullmatch(text):
+        return Path(text)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = text.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(
+            f"{text}: no such path, and the hub does not give it ({reason}). Check the name."
+        ) from None
+
+
+def linear_weights(model: Model, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The matrices that a forward multiplies by, as bitsandbytes would choose; globs may correct it."""
+    experts = any(model.config.get(key) for key in _EXPERT_KEYS)
+    left_out = [*_NOT_LINEAR, *(_EXPERTS if experts else ())]
+    names = []
+    for name in model.weights:
+        info = model.weights.info(name)
+        if name in model.weights.packed or not _is_matrix(info):
+            continue
+        wanted = matches(name, include) if include else not matches(name, left_out)
+        if wanted and not matches(name, exclude):
+            names.append(name)
+    return names
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in (
+        "F32", "BF16", "F16",
+    )  # fmt: skip
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a glob fits the tensor's name, or its module's."""
+    module = name.removesuffix(".weight")
+    return any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (name, module))
