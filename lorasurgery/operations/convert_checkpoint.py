@@ -77,11 +77,11 @@ def ratio(error2: float, norm2: float) -> float:
 def _files(model: Model, dtype: str | None) -> dict[str, bytes | Path]:
     """The side files: the directory's own, or rebuilt from what a GGUF header says."""
     names = {code: name for name, code in DTYPE_NAMES.items()}
-    if model.path.suffix == ".gguf":
-        gguf = plugins.load("formats", "gguf")
-        files: dict[str, bytes | Path] = dict(gguf.side_files(model.stored, names[dtype or "F32"]))
-        return files
     config = dict(model.config)
     if dtype:
         config |= {key: names[dtype] for key in ("dtype", "torch_dtype") if key in config}
-    return model.with_config(config)
+    files = model.with_config(config)
+    if model.stored.path.suffix != ".gguf":
+        return files
+    gguf = plugins.load("formats", "gguf")
+    return {**gguf.side_files(model.stored, names.get(dtype or "")), **files}

@@ -1,0 +1,81 @@
+"""GGUF's tensor names and row orders <-> Hugging Face's, by architecture.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Standardized tensor names". llama.cpp
+stores the rows of q and k of `llama` in pairs (2j, 2j + 1) where transformers has (j, j + half).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorasurgery.arrays import Array
+
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+
+# positions and rotations: no weights in transformers, which computes them from the config
+_COMPUTED = re.compile(r"(rope_freqs|rope_factors_(long|short)|blk\.\d+\.attn_rot_embd)\.weight")
+_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What transformers calls an architecture, and how GGUF's layers map to it."""
+
+    model_type: str
+    model_class: str
+    layer: Mapping[str, str]
+    paired: bool = False  # q and k have llama.cpp's row order
+
+
+FAMILIES = {
+    "llama": Family("llama", "LlamaForCausalLM", _LAYER, paired=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LAYER),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _LAYER | _NORMS),
+    "phi3": Family("phi3", "Phi3ForCausalLM", _LAYER | _FUSED),
+}
+
+
+def is_computed(name: str) -> bool:
+    """A tensor that belongs to the config, such as rope_freqs: it is not presented as a weight."""
+    return _COMPUTED.fullmatch(name) is not None
+
+
+def hugging_face(name: str, family: Family) -> str | None:
+    """The name that transformers gives this tensor, or None if the family has no such part."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    layer, part, kind = match.groups()
+    if layer is None:
+        return f"{_WHOLE[part]}.{kind}" if part in _WHOLE else None
+    return f"model.layers.{layer}.{family.layer[part]}.{kind}" if part in family.layer else None
+
+
+def paired_role(name: str, family: Family) -> str | None:
+    """'q' or 'k' if the rows of this GGUF tensor are in llama.cpp's order."""
+    match = _NAME.fullmatch(name)
+    if not family.paired or match is None or match[2] not in ("attn_q", "attn_k"):
+        return None
+    return match[2][-1]
+
+
+def paired_rows(start: int, stop: int, head_dim: int) -> Array:
+    """Where rows start:stop of transformers' order lie in llama.cpp's: int64 [stop - start]."""
+    import numpy as np
+
+    row = np.arange(start, stop)
+    head, inside = row - row % head_dim, row % head_dim
+    half = head_dim // 2
+    return head + 2 * (inside % half) + inside // half
