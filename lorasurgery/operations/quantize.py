@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ CODEC = "nf4"
 class QuantizeOptions:
     """What to quantize and how; `include` and `exclude` are globs over tensor names."""
 
-    codec: CodecOptions = CodecOptions()
+    codec: CodecOptions = field(default_factory=CodecOptions)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
