@@ -118,7 +118,12 @@ def open_file(path: Path) -> Checkpoint:
 
 
 # in the order in which Hugging Face's loaders look
-_SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
+_SINGLE = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+)
 _SUFFIXES = (".safetensors", ".gguf", ".bin")
 
 

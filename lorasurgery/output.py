@@ -186,7 +186,9 @@ class Output:
         infos = [info for w in self._writers for info in w.shard.infos]
         index = {
             "metadata": {"total_size": sum(info.nbytes for info in infos)},
-            "weight_map": {i.name: self.file_of(i.name) for i in sorted(infos, key=lambda i: i.name)},
+            "weight_map": {
+                i.name: self.file_of(i.name) for i in sorted(infos, key=lambda i: i.name)
+            },
         }
         return json.dumps(index, indent=2).encode() + b"\n"
 

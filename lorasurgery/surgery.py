@@ -121,7 +121,9 @@ class Sink(Protocol):
 class Step:
     """One edit while it runs: hashes what it reads and writes, and keeps its targets' ends."""
 
-    def __init__(self, edit: Edit, sink: Sink | None, tile_bytes: int, stop: threading.Event) -> None:
+    def __init__(
+        self, edit: Edit, sink: Sink | None, tile_bytes: int, stop: threading.Event
+    ) -> None:
         self.tile_bytes, self._sink, self._stop = tile_bytes, sink, stop
         self._targets = {info.name: info for info in edit.targets}
         self._reached = dict.fromkeys(self._targets, 0)
@@ -134,7 +136,9 @@ class Step:
         """The directory being written, for what is kept beside the tensors; None in a rehearsal."""
         return self._sink.partial if self._sink else None
 
-    def tiles(self, source: Checkpoint, name: str, multiple: int = 1) -> Iterator[tuple[int, Array]]:
+    def tiles(
+        self, source: Checkpoint, name: str, multiple: int = 1
+    ) -> Iterator[tuple[int, Array]]:
         """(first row, rows) over a tensor; a tile's elements are a multiple of `multiple`."""
         info = source.info(name)
         rows = info.shape[0] if info.shape else 1

@@ -1,7 +1,6 @@
 """Every file in a plug-in folder offers what its protocol asks for, parameter by parameter."""
 
 from inspect import getdoc, signature
-from types import ModuleType
 
 import pytest
 
@@ -14,37 +13,34 @@ from lorasurgery.errors import UnknownNameError
 PROTOCOLS = {"adapters": Variant, "codecs": Codec, "dialects": Dialect, "formats": Format}
 
 
-def modules(kind: str) -> list[ModuleType]:
-    """All plug-ins of a kind, each a test of its own."""
+def every(*kinds: str) -> list[tuple[str, str]]:
+    """All plug-ins of these kinds, each a test of its own; loaded in it, not before."""
     return [
-        pytest.param(plugins.load(kind, name), id=f"{kind}/{name}") for name in plugins.names(kind)
+        pytest.param(kind, name, id=f"{kind}/{name}")
+        for kind in kinds
+        for name in plugins.names(kind)
     ]
 
 
-@pytest.mark.parametrize(
-    ("protocol", "module"),
-    [
-        pytest.param(protocol, module.values[0], id=module.id)
-        for kind, protocol in PROTOCOLS.items()
-        for module in modules(kind)
-    ],
-)
-def test_module_keeps_its_contract(protocol, module):
-    for name, wanted in vars(protocol).items():
-        if name.startswith("_"):
+@pytest.mark.parametrize(("kind", "name"), every(*PROTOCOLS))
+def test_module_keeps_its_contract(kind, name):
+    module = plugins.load(kind, name)
+    for member, wanted in vars(PROTOCOLS[kind]).items():
+        if member.startswith("_"):
             continue
-        offered = getattr(module, name)
+        offered = getattr(module, member)
         if isinstance(wanted, property):
-            assert not callable(offered), name
+            assert not callable(offered), member
         elif callable(wanted):
             asked = list(signature(wanted).parameters)[1:]
-            assert list(signature(offered).parameters) == asked, name
+            assert list(signature(offered).parameters) == asked, member
 
 
-@pytest.mark.parametrize("module", modules("kernels"))
-def test_kernel_offers_a_reference_with_the_same_call_and_cases(module):
-    assert signature(module.reference).parameters.keys() == signature(module.run).parameters.keys()
-    assert callable(module.cases)
+@pytest.mark.parametrize(("kind", "name"), every("kernels"))
+def test_kernel_offers_cases_and_a_reference_with_the_same_call(kind, name):
+    kernel = plugins.load(kind, name)
+    assert list(signature(kernel.reference).parameters) == list(signature(kernel.run).parameters)
+    assert callable(kernel.cases)
 
 
 @pytest.mark.parametrize("name", [name for name in plugins.names("cli") if name != "app"])
@@ -54,10 +50,9 @@ def test_command_says_what_it_does_in_a_line_and_gives_an_example(name):
     assert any(f"lorasurgery {name} " in line for line in lines[1:])
 
 
-@pytest.mark.parametrize("kind", [*PROTOCOLS, "kernels", "cli"])
-def test_every_plugin_says_what_it_is(kind):
-    for name in plugins.names(kind):
-        assert plugins.load(kind, name).__doc__, f"{kind}/{name}"
+@pytest.mark.parametrize(("kind", "name"), every(*PROTOCOLS, "kernels", "cli"))
+def test_plugin_says_what_it_is(kind, name):
+    assert plugins.load(kind, name).__doc__
 
 
 def test_unknown_name_is_answered_with_the_nearest():

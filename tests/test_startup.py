@@ -8,7 +8,17 @@ import pytest
 
 from lorasurgery import plugins
 
-HEAVY = ("torch", "numba", "transformers", "peft", "bitsandbytes", "onnx", "onnxruntime", "gguf", "triton")
+HEAVY = (
+    "torch",
+    "numba",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "onnx",
+    "onnxruntime",
+    "gguf",
+    "triton",
+)
 COMMANDS = [name for name in plugins.names("cli") if name != "app"]
 
 

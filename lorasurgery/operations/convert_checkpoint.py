@@ -12,8 +12,18 @@ from lorasurgery import plugins
 from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.model import Model, open_model
-from lorasurgery.surgery import Edit, Metrics, Plan, Report, Result, RunOptions, Step, copy_edit
-from lorasurgery.surgery import rehearse, run
+from lorasurgery.surgery import (
+    Edit,
+    Metrics,
+    Plan,
+    Report,
+    Result,
+    RunOptions,
+    Step,
+    copy_edit,
+    rehearse,
+    run,
+)
 from lorasurgery.tensors import DTYPE_NAMES, FLOATS, TensorInfo
 
 
@@ -30,7 +40,12 @@ def convert_checkpoint(
     kind = dtype or ("BF16" if decoded else None)
     edits = tuple(cast_edit(model.stored, n, kind) for n in model.stored)
     plan = Plan(
-        "convert-checkpoint", {"source": source}, {"dtype": kind}, edits, _files(model, kind), cast_total
+        "convert-checkpoint",
+        {"source": source},
+        {"dtype": kind},
+        edits,
+        _files(model, kind),
+        cast_total,
     )
     return run(plan, output, how) if output else rehearse(plan, how)
 

@@ -13,8 +13,18 @@ from lorasurgery.codec import Codec, CodecOptions, Packed, Rule
 from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.kernels import nf4_error
 from lorasurgery.model import Model, linear_weights, matches, open_model
-from lorasurgery.surgery import Edit, Metrics, Plan, Report, Result, RunOptions, Step, copy_edit
-from lorasurgery.surgery import rehearse, run
+from lorasurgery.surgery import (
+    Edit,
+    Metrics,
+    Plan,
+    Report,
+    Result,
+    RunOptions,
+    Step,
+    copy_edit,
+    rehearse,
+    run,
+)
 from lorasurgery.weights import codec_of
 
 CODEC = "nf4"
@@ -29,9 +39,7 @@ class QuantizeOptions:
     exclude: tuple[str, ...] = ()
 
 
-def quantize(
-    base: Path, output: Path | None, options: QuantizeOptions, how: RunOptions
-) -> Report:
+def quantize(base: Path, output: Path | None, options: QuantizeOptions, how: RunOptions) -> Report:
     """Write `base` with its linear weights in NF4; with no output, only compute the report."""
     plan = plan_quantize(open_model(base), options)
     return run(plan, output, how) if output else rehearse(plan, how)
@@ -47,7 +55,9 @@ def plan_quantize(model: Model, options: QuantizeOptions) -> Plan:
         )
     for pattern in (*options.include, *options.exclude):
         if not any(matches(name, [pattern]) for name in model.weights):
-            raise MatchError(f"{model.path}: no tensor matches {pattern!r}. See `lorasurgery inspect`.")
+            raise MatchError(
+                f"{model.path}: no tensor matches {pattern!r}. See `lorasurgery inspect`."
+            )
     chosen = set(linear_weights(model, options.include, options.exclude))
     if not chosen:
         raise MatchError(
@@ -57,7 +67,9 @@ def plan_quantize(model: Model, options: QuantizeOptions) -> Plan:
     codec = codec_of(CODEC)
     packed = {n: codec.parts(model.weights.info(n), options.codec) for n in chosen}
     edits = [
-        quantize_edit(model.weights, codec, packed[n]) if n in chosen else copy_edit(model.stored, n)
+        quantize_edit(model.weights, codec, packed[n])
+        if n in chosen
+        else copy_edit(model.stored, n)
         for n in model.weights
     ]
     return Plan(
