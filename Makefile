@@ -9,7 +9,7 @@ READY := $(VENV)/.lorasurgery-ready
 .PHONY: demo test lint types bench format clean
 
 demo: $(READY)
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m demo.run
 
 # MALLOC_PERTURB_ fills fresh memory with 0x7f7f..., 3.4e38 as a float: whoever reads what nobody wrote shows
 test: $(READY)
@@ -25,7 +25,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -24,9 +24,8 @@ def main() -> None:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         out = model.generate(**prompt, max_new_tokens=options.tokens, do_sample=False)
-        answers[question] = tokenizer.decode(
-            out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
-        ).strip()
+        new = out[0, prompt["input_ids"].shape[1] :]
+        answers[question] = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
     print(json.dumps(answers, indent=1, ensure_ascii=False))
 
 

@@ -1,0 +1,153 @@
+"""The rows of the table: what is run, against what, and how the two results are held to each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.processes import Run, run
+
+PEERS = Path(__file__).with_name("peers")
+OURS = (sys.executable, "-m", "lorasurgery")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where the inputs lie, and how often each side runs."""
+
+    base: Path
+    adapter: Path
+    scratch: Path
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One contender: all its samples."""
+
+    name: str
+    seconds: Sequence[float]
+    peak_mib: Sequence[float] = ()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def peak(self) -> float | None:
+        return statistics.median(self.peak_mib) if self.peak_mib else None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison; the first side is ours."""
+
+    name: str
+    sides: tuple[Side, ...]
+
+    def ratio(self, peer: Side) -> float:
+        """How many times longer the peer takes."""
+        return peer.median / self.sides[0].median
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A command to time; `output` is removed before each run."""
+
+    name: str
+    command: Sequence[str | Path]
+    output: Path | None = None
+
+
+def alternate(name: str, contenders: Sequence[Contender], repeats: int) -> Row:
+    """A B A B ...: each in a fresh process, with what the one before it wrote flushed to disk."""
+    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    for _ in range(repeats):
+        for contender in contenders:
+            if contender.output:
+                shutil.rmtree(contender.output, ignore_errors=True)
+            os.sync()
+            runs[contender.name].append(run(contender.command))
+    return Row(
+        name,
+        tuple(
+            Side(who, [r.seconds for r in of], [r.peak_mib for r in of]) for who, of in runs.items()
+        ),
+    )
+
+
+def compare(contenders: Sequence[Contender], how: str) -> None:
+    """No number on a wrong result."""
+    ours, theirs = (c.output for c in contenders[:2])
+    run((sys.executable, "-m", "benchmarks.compare", str(ours), str(theirs), how))
+
+
+def nf4(setting: Setting) -> Row:
+    """In process, both warm, bytes compared first."""
+    repeats = str(max(5, setting.repeats))
+    times = json.loads(run((sys.executable, "-m", "benchmarks.nf4_in_process", repeats)).stdout)
+    sides = Side("lorasurgery", times["ours"]), Side("bitsandbytes", times["peer"])
+    return Row("NF4 + double quantization, 4096 x 4096 bf16, in process", sides)
+
+
+def quantize(setting: Setting) -> Row:
+    """File to file, whole processes."""
+    ours, theirs = setting.scratch / "nf4", setting.scratch / "nf4-peer"
+    contenders = (
+        Contender("lorasurgery", (*OURS, "quantize", setting.base, "-o", ours), ours),
+        Contender(
+            "transformers + bitsandbytes",
+            (sys.executable, PEERS / "transformers_quantize.py", setting.base, theirs),
+            theirs,
+        ),
+    )
+    row = alternate("quantize to NF4, file to file", contenders, setting.repeats)
+    compare(contenders, "same")
+    return row
+
+
+def merge(setting: Setting) -> Row:
+    """File to file, whole processes; cp is the floor."""
+    ours, theirs, copy = (setting.scratch / n for n in ("merged", "merged-peer", "copy"))
+    contenders = (
+        Contender("lorasurgery", (*OURS, "merge", setting.base, setting.adapter, "-o", ours), ours),
+        Contender(
+            "PEFT",
+            (sys.executable, PEERS / "peft_merge.py", setting.base, setting.adapter, theirs),
+            theirs,
+        ),
+        Contender("cp", ("cp", "-r", setting.base, copy), copy),
+    )
+    row = alternate("merge a rank-16 LoRA, file to file", contenders, setting.repeats)
+    compare(contenders, "near")
+    return row
+
+
+def help_(setting: Setting) -> Row:
+    """What a user waits for before anything happens."""
+    contenders = (
+        Contender("lorasurgery", (*OURS, "--help")),
+        Contender("import peft", (sys.executable, "-c", "import peft")),
+    )
+    return alternate("--help", contenders, max(5, setting.repeats))
+
+
+def inspect(setting: Setting) -> Row:
+    """Headers alone."""
+    peer = PEERS / "safetensors_inspect.py"
+    contenders = (
+        Contender("lorasurgery", (*OURS, "inspect", setting.base)),
+        Contender("transformers + safetensors", (sys.executable, peer, setting.base)),
+    )
+    return alternate("inspect", contenders, max(5, setting.repeats))
+
+
+ROWS: dict[str, Callable[[Setting], Row]] = {
+    "nf4": nf4, "quantize": quantize, "merge": merge, "help": help_, "inspect": inspect,
+}  # fmt: skip

@@ -1,0 +1,121 @@
+"""Each operation beside a peer's, in the same minutes on the same machine: a table, and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from benchmarks.processes import run
+from benchmarks.rows import ROWS, Row, Setting
+
+HERE = Path(__file__).parent
+SCRATCH = HERE.parent / "bench-out"
+PEERS = ("torch", "transformers", "bitsandbytes", "peft", "safetensors", "numpy", "numba")
+
+
+def prepare(shape: str, scratch: Path, repeats: int) -> Setting:
+    """The base and its adapter, made once and then kept."""
+    base, adapter = scratch / shape, scratch / f"{shape}-lora"
+    if not (base / "model.safetensors").exists():
+        say(f"making {base}")
+        run((sys.executable, "-m", "benchmarks.make_model", shape, base))
+    if not (adapter / "adapter_model.safetensors").exists():
+        run((sys.executable, "-m", "benchmarks.make_adapter", shape, adapter))
+    warm(base / "model.safetensors")
+    return Setting(base, adapter, scratch / "runs", repeats)
+
+
+def warm(file: Path) -> None:
+    """Into the page cache, so that no side pays for the disk's first read."""
+    with file.open("rb") as stream:
+        while stream.read(1 << 24):
+            pass
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: medians, and how many times longer and larger each peer is."""
+    lines = ["| what | who | seconds | times ours | peak MiB |", "|---|---|--:|--:|--:|"]
+    for row in rows:
+        for side in row.sides:
+            peak = "" if side.peak is None else f"{side.peak:.0f}"
+            times = "" if side is row.sides[0] else f"{row.ratio(side):.2f}"
+            what = row.name if side is row.sides[0] else ""
+            lines.append(f"| {what} | {side.name} | {side.median:.3f} | {times} | {peak} |")
+    return "\n".join(lines)
+
+
+def record(rows: list[Row], shape: str, repeats: int) -> dict[str, object]:
+    """All samples, and where they were taken."""
+    return {
+        "model": shape,
+        "repeats": repeats,
+        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0))},
+        "python": platform.python_version(),
+        "versions": {name: found for name in PEERS if (found := installed(name))},
+        "rows": [
+            {
+                "name": row.name,
+                "sides": [
+                    {
+                        "name": side.name,
+                        "seconds": side.median,
+                        "times_ours": row.ratio(side),
+                        "peak_mib": side.peak,
+                        "samples": {"seconds": side.seconds, "peak_mib": side.peak_mib},
+                    }
+                    for side in row.sides
+                ],
+            }
+            for row in rows
+        ],
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", choices=ROWS, help="a row; may be repeated")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a toy model: a test of the benchmark")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where models are made")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    options = parser.parse_args()
+    shape = "toy" if options.small else "llama-1b"
+    default = options.scratch / "toy.json" if options.small else HERE / "results" / "cpu.json"
+    setting = prepare(shape, options.scratch, options.repeats)
+    rows = []
+    for name in options.only or ROWS:
+        say(f"running {name}")
+        rows.append(ROWS[name](setting))
+    print(table(rows))
+    output = options.output or default
+    if options.only is None or options.output or options.small:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record(rows, shape, options.repeats), indent=1) + "\n")
+        say(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
