@@ -135,7 +135,7 @@ def help_(setting: Setting) -> Row:
         Contender("lorasurgery", (*OURS, "--help")),
         Contender("import peft", (sys.executable, "-c", "import peft")),
     )
-    return alternate("--help", contenders, max(5, setting.repeats))
+    return alternate("--help", contenders, setting.repeats)
 
 
 def inspect(setting: Setting) -> Row:
@@ -145,7 +145,7 @@ def inspect(setting: Setting) -> Row:
         Contender("lorasurgery", (*OURS, "inspect", setting.base)),
         Contender("transformers + safetensors", (sys.executable, peer, setting.base)),
     )
-    return alternate("inspect", contenders, max(5, setting.repeats))
+    return alternate("inspect", contenders, setting.repeats)
 
 
 ROWS: dict[str, Callable[[Setting], Row]] = {

@@ -47,7 +47,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         for side in row.sides:
             peak = "" if side.peak is None else f"{side.peak:.0f}"
-            times = "" if side is row.sides[0] else f"{row.ratio(side):.2f}"
+            times = "" if side is row.sides[0] else f"{row.ratio(side):.3g}"
             what = row.name if side is row.sides[0] else ""
             lines.append(f"| {what} | {side.name} | {side.median:.3f} | {times} | {peak} |")
     return "\n".join(lines)
