@@ -66,6 +66,22 @@ class LowRank:
     def rank(self) -> int:
         return int(self.a.shape[1])
 
+    @classmethod
+    def nothing(cls, info: TensorInfo) -> LowRank:
+        """Rank 0: W + B A is W."""
+        import numpy as np
+
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
+        return cls(np.zeros((1, 0, columns), np.float32), np.zeros((1, rows, 0), np.float32))
+
+    @classmethod
+    def vector(cls, values: Array) -> LowRank:
+        """A bias' change: its values times 1."""
+        import numpy as np
+
+        return cls(np.ones((1, 1, 1), np.float32), values.reshape(1, -1, 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -206,7 +222,9 @@ def _orientation(model: Model, site: Site, part: Part) -> bool | None:
 
 
 def _may_turn(config: Mapping[str, Any], site: Site) -> bool:
-    return site.layout == "experts" or site.fan_in_fan_out or _is_conv1d(config, site)
+    if site.layout == "linear":
+        return site.fan_in_fan_out or _is_conv1d(config, site)
+    return site.layout == "experts"
 
 
 def _turned_by_name(config: Mapping[str, Any], site: Site) -> bool:
