@@ -39,7 +39,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart, the first to the left; never cut off, however narrow the terminal."""
+    """Columns two spaces apart, numbers to the right; never cut off, however narrow the terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     return [
         "  ".join(
@@ -48,3 +48,9 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """A name and what it is, a line each."""
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{name:{width}}  {value}" for name, value in rows]

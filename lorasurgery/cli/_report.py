@@ -11,7 +11,7 @@ import typer
 from lorasurgery.cli._columns import HIDDEN, TOTALS_FIRST, column
 from lorasurgery.cli._errors import Interrupted
 from lorasurgery.cli._options import Printing, Writing
-from lorasurgery.cli._print import emit, table
+from lorasurgery.cli._print import emit, pairs, table
 from lorasurgery.cli._progress import progress_bar
 from lorasurgery.errors import UsageError
 from lorasurgery.operations._folding import Fold, fold
@@ -93,7 +93,7 @@ def _cell(folded: Fold[Result], metric: str) -> str:
 def _totals(total: Mapping[str, float]) -> list[str]:
     first = [name for name in TOTALS_FIRST if name in total]
     names = [*first, *(name for name in total if name not in first and name not in HIDDEN)]
-    return table([[column(name).title, column(name).show(total[name])] for name in names])
+    return pairs([(column(name).title, column(name).show(total[name])) for name in names])
 
 
 def _output(writing: Writing) -> Path | None:
