@@ -52,10 +52,9 @@ class Repository:
 
         self.text = text
         self._files: HfFileSystem = HfFileSystem()
-        entries = self._files.ls(text, detail=True)
-        self.sizes = {
-            e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"
-        }
+        entries = cast(list[dict[str, Any]], self._files.ls(text, detail=True))
+        files = [entry for entry in entries if entry["type"] == "file"]
+        self.sizes: dict[str, int] = {f["name"].rpartition("/")[2]: f["size"] for f in files}
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start:stop of a file, in one request."""
