@@ -13,7 +13,7 @@ from lorasurgery.errors import ValueRangeError
 from lorasurgery.kernels import lora_merge
 from lorasurgery.operations._retained import Sums
 from lorasurgery.operations._undo_record import Keep, Kept, keeping
-from lorasurgery.surgery import Edit, Metrics, Step
+from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.targets import LowRank
 from lorasurgery.tensors import TensorInfo
 

@@ -16,7 +16,7 @@ from lorasurgery.operations._merge_edits import Source, Task, merge_edit, whole_
 from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations._undo_record import Kept
 from lorasurgery.problems import Problem, refuse
-from lorasurgery.surgery import Edit, copy_edit
+from lorasurgery.edit import Edit, copy_edit
 from lorasurgery.targets import LowRank, Resolved, Whole, combine, resolve, unmatched
 from lorasurgery.tensors import DTYPE_NAMES, FLOATS, TensorInfo
 from lorasurgery.tied import Settled, settle, untied_config

@@ -19,7 +19,7 @@ from lorasurgery.operations._merge_edits import Rounding, Source, not_finite
 from lorasurgery.operations._residual import save_residual
 from lorasurgery.operations._retained import Sums
 from lorasurgery.operations._undo_record import Keep, Kept, keeping
-from lorasurgery.surgery import Edit, Metrics, Step
+from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.targets import LowRank
 from lorasurgery.weights import codec_of
 

@@ -21,7 +21,7 @@ from lorasurgery.targets import LowRank
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
-    from lorasurgery.surgery import Step
+    from lorasurgery.edit import Step
 
 FOLDER = "residual_adapter"
 _SCRATCH = ".residual"

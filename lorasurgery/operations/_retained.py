@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lorasurgery.surgery import Metrics, Result
+from lorasurgery.edit import Metrics
+from lorasurgery.report import Result
 
 
 @dataclass(slots=True)

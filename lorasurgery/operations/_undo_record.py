@@ -24,7 +24,7 @@ from lorasurgery.model import Model
 from lorasurgery.weights import codec_of
 
 if TYPE_CHECKING:
-    from lorasurgery.surgery import Step
+    from lorasurgery.edit import Step
 
 # (first row, last row + 1, merged [rows, columns], a, b) of a tensor
 Keep: TypeAlias = Callable[[int, int, Array, Array, Array], None]

@@ -14,7 +14,9 @@ from lorasurgery.operations._merge_work import Work, lay_upon
 from lorasurgery.operations._residual import write_adapter
 from lorasurgery.operations._retained import total
 from lorasurgery.operations._undo_file import Undo, adapter_facts, check_target, layout_facts
-from lorasurgery.surgery import Edit, Plan, Report, Result, RunOptions, rehearse, run
+from lorasurgery.edit import Edit
+from lorasurgery.report import Report, Result
+from lorasurgery.surgery import Plan, RunOptions, rehearse, run
 
 
 def merge(
