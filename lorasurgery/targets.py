@@ -192,15 +192,6 @@ def _experts(site: Site) -> int:
     return shape[0] if len(shape) == 3 else 1
 
 
-def matrix(info: TensorInfo) -> tuple[int, int, int]:
-    """[n, rows, columns]: 3-D tensors of experts as they are, all others with n = 1."""
-    if len(info.shape) == 3:
-        n, rows, columns = info.shape
-        return n, rows, columns
-    rows = info.shape[0] if info.shape else 1
-    return 1, rows, info.numel // max(1, rows)
-
-
 def _orientation(model: Model, site: Site, part: Part) -> bool | None:
     """Whether W is stored turned, [in, out]; None if the factors fit neither way."""
     info = model.weights.info(part.tensor)
@@ -210,9 +201,11 @@ def _orientation(model: Model, site: Site, part: Part) -> bool | None:
     stack = site.layout == "experts" and part.expert is None
     if stack and (len(info.shape) != 3 or info.shape[0] != _experts(site)):
         return None
-    n, rows, columns = matrix(info) if stack else (1, *matrix(info)[1:])
-    if not stack and len(info.shape) == 3 and site.layout != "experts":  # a convolution
-        rows, columns = info.shape[0], info.numel // info.shape[0]
+    if stack:
+        _, rows, columns = info.shape
+    else:  # a convolution's weight is [out, in, ...]
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
     straight, turned = (out, in_) == (rows, columns), (in_, out) == (rows, columns)
     if straight and turned:
         return _turned_by_name(model.config, site)

@@ -149,7 +149,9 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     # the first numbered part is the layer; a later one may be an expert
-    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [
+        r".*?\.[^.]*\.(?P<idx>\d+)\."
+    ]
     found = next((m for form in forms if (m := _match(form, module))), None)
     return found is not None and int(found["idx"]) in (
         [layers] if isinstance(layers, int) else layers

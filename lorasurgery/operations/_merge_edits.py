@@ -9,11 +9,11 @@ import blake3
 
 from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.checkpoint import Checkpoint
+from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.errors import ValueRangeError
 from lorasurgery.kernels import lora_merge
 from lorasurgery.operations._retained import Sums
 from lorasurgery.operations._undo_record import Keep, Kept, keeping
-from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.targets import LowRank
 from lorasurgery.tensors import TensorInfo
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasurgery.errors import UsageError
@@ -39,7 +39,7 @@ class MergeOptions:
     original: Path | None = None
     policy: str | None = None
     rank: int = 16
-    rounding: Rounding = Rounding()
+    rounding: Rounding = field(default_factory=Rounding)
     min_retained: float | None = None
     undo: Path | None = None
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorasurgery.adapter import Adapter
+from lorasurgery.edit import Edit, copy_edit
 from lorasurgery.errors import FormatError, ShapeError, UsageError
 from lorasurgery.layouts import EMBEDDINGS, HEADS
 from lorasurgery.model import Model, open_model
@@ -16,7 +19,6 @@ from lorasurgery.operations._merge_edits import Source, Task, merge_edit, whole_
 from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations._undo_record import Kept
 from lorasurgery.problems import Problem, refuse
-from lorasurgery.edit import Edit, copy_edit
 from lorasurgery.targets import LowRank, Resolved, Whole, combine, resolve, unmatched
 from lorasurgery.tensors import DTYPE_NAMES, FLOATS, TensorInfo
 from lorasurgery.tied import Settled, settle, untied_config
@@ -59,7 +61,9 @@ class Work:
             return self.resolved.targets[name].change
         if name in self.resolved.added:
             wholes = self.resolved.added[name]
-            return lambda: LowRank.vector(sum(whole.load() * whole.weight for whole in wholes))
+            return lambda: LowRank.vector(
+                np.sum([w.load() * np.float32(w.weight) for w in wholes], 0)
+            )
         return None
 
     def kept(self) -> list[Kept]:
@@ -191,7 +195,9 @@ def _misfits(model: Model, resolved: Resolved) -> list[Problem]:
         shape, got = model.weights.info(name).shape, whole.info.shape
         resized = name.endswith((*EMBEDDINGS, *HEADS)) and shape[1:] == got[1:]
         if shape != got and not resized:
-            message = f"{name}: the adapter replaces it by {list(got)}, but the base has {list(shape)}"
+            message = (
+                f"{name}: the adapter replaces it by {list(got)}, but the base has {list(shape)}"
+            )
             problems.append(Problem(name, message))
     return problems
 

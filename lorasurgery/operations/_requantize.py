@@ -13,13 +13,13 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.codec import Codec, CodecOptions, Packed, Rule
+from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.kernels import lora_delta, lora_merge
 from lorasurgery.model import Model
 from lorasurgery.operations._merge_edits import Rounding, Source, not_finite
 from lorasurgery.operations._residual import save_residual
 from lorasurgery.operations._retained import Sums
 from lorasurgery.operations._undo_record import Keep, Kept, keeping
-from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.targets import LowRank
 from lorasurgery.weights import codec_of
 
@@ -35,8 +35,8 @@ class Task:
     values: Source
     change: Callable[[], LowRank]
     policy: str
-    rounding: Rounding = Rounding()
-    rank: int = 0  # of the residual
+    rounding: Rounding
+    rank: int  # of the residual
     kept: Kept | None = None
 
     @property
@@ -150,7 +150,7 @@ def _measure(
         keep(start, start + len(base), got.astype(dtype), a, b)
         if residual:
             [(_, ra, rb)] = residual.tiles(start, start + len(base))
-            got = got + lora_delta.run(ra, rb)
+            base = base - lora_delta.run(ra, rb)  # noqa: PLW2901 - the residual counts as made
         delta = lora_delta.run(a, b).reshape(-1)
         made = (got - base).reshape(-1)
         noise = made - delta
@@ -176,4 +176,3 @@ def _multiple(task: Task) -> int:
 def _blocks(absmax: Array, begin: int, end: int, codec: Codec, packed: Packed) -> Array:
     block = codec.multiple(packed)
     return absmax[begin // block : -(-end // block)]
-

@@ -88,9 +88,13 @@ def layout_facts(model: Model) -> dict[str, Any]:
     texts = {name: model.path / name for name in (INDEX, "config.json") if model.path.is_dir()}
     return {
         "base": str(model.path),
-        "shards": [{"file": f.name, "header": safetensors.read_header(f).decode()} for f in files],
+        "shards": [{"file": f.name, "header": _header(f)} for f in files],
         "files": {name: path.read_text() for name, path in texts.items() if path.is_file()},
     }
+
+
+def _header(file: Path) -> str:
+    return safetensors.open(file).header.decode()
 
 
 class UndoFile:
@@ -124,7 +128,7 @@ class UndoFile:
     @contextmanager
     def stream(self, name: str) -> Iterator[Any]:
         """A function that gives the next n bytes of the decompressed record."""
-        data = self._file.read(name)[:-DIGEST_BYTES]
+        data = self._file.read(name)[:-DIGEST_BYTES].tobytes()
         with zstandard.ZstdDecompressor().stream_reader(data) as reader:
 
             def read(n: int) -> bytes:

@@ -37,7 +37,7 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 def predict(merged: Array, a: Array, b: Array, dtype: Any) -> Array:
     """What the base was before B A was added: round(merged - B A), rows of a plain weight."""
-    before, *_ = lora_merge.run(merged, a, -b, dtype)
+    before: Array = lora_merge.run(merged, a, -b, dtype)[0]
     return before
 
 
@@ -60,7 +60,7 @@ def restore(predicted: Array, planes: Array) -> Array:
     size = predicted.dtype.itemsize
     kind = _UNSIGNED[size]
     wrapped = np.ascontiguousarray(planes.reshape(size, -1).T).reshape(-1).view(kind)
-    total = predicted.reshape(-1).view(kind) + wrapped
+    total: Array = predicted.reshape(-1).view(kind) + wrapped
     return total.view(predicted.dtype).reshape(predicted.shape)
 
 
@@ -157,7 +157,7 @@ class Recorder:
 
     def close(self) -> None:
         """The digest of the base's bytes ends the file."""
-        self._stream.close()
+        self._stream.close()  # type: ignore[no-untyped-call]
         self._file.write(self._digest.digest())
         self._file.close()
 

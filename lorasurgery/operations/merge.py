@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorasurgery.adapter import Adapter
+from lorasurgery.edit import Edit
 from lorasurgery.errors import VerificationError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
@@ -14,7 +15,6 @@ from lorasurgery.operations._merge_work import Work, lay_upon
 from lorasurgery.operations._residual import write_adapter
 from lorasurgery.operations._retained import total
 from lorasurgery.operations._undo_file import Undo, adapter_facts, check_target, layout_facts
-from lorasurgery.edit import Edit
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import Plan, RunOptions, rehearse, run
 
@@ -25,13 +25,12 @@ def merge(
     """Write `base` with the adapters (PATH or PATH:weight) merged in; no output: only the report.
 
     Raises MatchError for a part that has no place, UsageError for options that do not go together,
-    VerificationError, before the output is complete, where less than the threshold was retained.
+    VerificationError, before the output is complete, where less than the threshold was retained;
+    a rehearsal leaves that to `check`.
     """
     plan = plan_merge(open_model(base), open_adapters(adapters), options)
     if output is None:
-        report = rehearse(plan, how)
-        plan.check(report)
-        return report
+        return rehearse(plan, how)
     if options.undo:
         overwrite = how.output.overwrite or how.output.resume
         check_target(options.undo, output, overwrite=overwrite)
@@ -59,7 +58,7 @@ def plan_merge(
     return Plan(
         "merge", inputs, _settings(adapters, options), edits, work.files(),
         lambda results: _total(results, edits),
-        check=lambda report: _check(report, options),
+        check=lambda report: check(report, options),
         finish=finish,
         notes=work.notes,
     )  # fmt: skip
@@ -72,7 +71,8 @@ def advice(report: Report, options: MergeOptions) -> str | None:
     return None
 
 
-def _check(report: Report, options: MergeOptions) -> None:
+def check(report: Report, options: MergeOptions) -> None:
+    """Raises VerificationError where less than the threshold was retained."""
     if options.threshold is not None and report.total["retained"] < options.threshold:
         raise VerificationError(
             f"{_shortfall(report)} Less than --min-retained {options.threshold:g}: nothing was "
@@ -90,7 +90,9 @@ def _shortfall(report: Report) -> str:
 
 def _remedy(options: MergeOptions) -> str:
     if options.policy is None:
-        return "--dtype float32 keeps all of it; --rounding stochastic --seed 0 keeps it on average."
+        return (
+            "--dtype float32 keeps all of it; --rounding stochastic --seed 0 keeps it on average."
+        )
     better = [p for p in ("residual", "stochastic", "from-original") if p != options.policy]
     return (
         f"--requantize {better[0]} keeps it; so do {better[1]} on average, and 16-bit output (no "
