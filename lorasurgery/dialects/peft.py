@@ -209,7 +209,7 @@ def _expected(config: Mapping[str, Any], key: str, name: str) -> bool:
     """Whether PEFT writes this whole tensor for such a config."""
     if name.endswith(".bias") and config.get("bias", "none") != "none":
         return True
-    return _peft_config.saved(config, name) or (bool(_EMBEDDINGS.fullmatch(name)) and key != name)
+    return _peft_config.saved(config, name) or bool(_EMBEDDINGS.fullmatch(name)) and key != name
 
 
 def _facts(source: Checkpoint, key: str) -> str:

@@ -40,7 +40,9 @@ def parse_header(
     """Metadata, facts and byte ranges, all checked against each other and the data's size."""
     try:
         entries = json.loads(header.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise FormatError(f"{path}: the header nests too deep. Restore the file.") from None
+    except ValueError as error:
         raise FormatError(
             f"{path}: the header is no valid JSON ({error}). Restore the file."
         ) from None
