@@ -164,7 +164,7 @@ def scales(packed: Packed, read: Callable[[str], Array]) -> Array:
     name, state = packed.info.name, packed.state
     absmax = read(f"{name}.absmax")
     if "nested_blocksize" not in state:
-        return absmax.astype(np.float32, copy=False)
+        return absmax.astype(np.float32)  # a copy: mapped pages are given back, and read-only
     nested, table = read(f"{name}.nested_absmax"), read(f"{name}.nested_quant_map")
     block, offset = int(state["nested_blocksize"]), np.float32(state["nested_offset"])
     if state["nested_dtype"] == "float32":
