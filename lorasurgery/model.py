@@ -27,7 +27,7 @@ _WEIGHTS = (
     ".index.json", ".partial",
 )  # fmt: skip
 _OURS = (MANIFEST, JOURNAL)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 # nn.Embedding tables, output heads and what is no matrix product, by the names that models give them
 _NOT_LINEAR = (
@@ -103,7 +103,7 @@ def open_model(path: Path, dtype: str | None = None) -> Model:
 
 def resolve(text: str) -> Path:
     """A path as it is; `org/name[@revision]` downloaded into the hub's cache."""
-    if Path(text).exists() or not _HUB_ID.fullmatch(text):
+    if Path(text).exists() or not HUB_ID.fullmatch(text):
         return Path(text)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

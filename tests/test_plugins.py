@@ -47,7 +47,8 @@ def test_kernel_offers_cases_and_a_reference_with_the_same_call(kind, name):
 def test_command_says_what_it_does_in_a_line_and_gives_an_example(name):
     lines = (getdoc(plugins.load("cli", name).command) or "").splitlines()
     assert 0 < len(lines[0]) <= 100
-    assert any(f"lorasurgery {name} " in line for line in lines[1:])
+    typed = name.replace("_", "-")
+    assert any(f"lorasurgery {typed} " in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(("kind", "name"), every(*PROTOCOLS, "kernels", "cli"))

@@ -19,7 +19,7 @@ HEAVY = (
     "gguf",
     "triton",
 )
-COMMANDS = [name for name in plugins.names("cli") if name != "app"]
+COMMANDS = [name.replace("_", "-") for name in plugins.names("cli") if name != "app"]
 
 
 def imported(code: str) -> set[str]:

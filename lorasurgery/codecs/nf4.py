@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import CodecOptions, Packed, Rule
 from lorasurgery.errors import FormatError, ValueRangeError
-from lorasurgery.kernels import double_dequantize, double_quantize, nf4_dequantize, nf4_quantize
 from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
+
+# numpy and the kernels are imported where data is touched: `inspect` asks for `group` alone
+if TYPE_CHECKING:
+    from lorasurgery.arrays import Array
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
@@ -116,6 +116,10 @@ def multiple(packed: Packed) -> int:
 
 def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
     """Flat bf16, f16 or f32 [n] -> codes uint8 [ceil(n/2)], scales float32 [ceil(n/block)]."""
+    import numpy as np
+
+    from lorasurgery.kernels import nf4_quantize
+
     block = int(packed.state["blocksize"])
     codes, absmax = nf4_quantize.run(flat, block, rule.absmax, rule.seed, rule.offset)
     if not np.isfinite(absmax).all():
@@ -130,6 +134,10 @@ def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
 
 def seal(absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
     """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode."""
+    import numpy as np
+
+    from lorasurgery.kernels import double_dequantize, double_quantize, nf4_dequantize
+
     state = dict(packed.state)
     sealed: dict[str, Array] = {".absmax": absmax, ".quant_map": nf4_dequantize.NF4}
     decoded = absmax
@@ -148,6 +156,11 @@ def seal(absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
 
 def scales(packed: Packed, read: Callable[[str], Array]) -> Array:
     """The float32 scales of a stored weight, un-nested."""
+    import numpy as np
+
+    from lorasurgery.arrays import NUMPY
+    from lorasurgery.kernels import double_dequantize
+
     name, state = packed.info.name, packed.state
     absmax = read(f"{name}.absmax")
     if "nested_blocksize" not in state:
@@ -164,11 +177,18 @@ def scales(packed: Packed, read: Callable[[str], Array]) -> Array:
 
 def table(packed: Packed, read: Callable[[str], Array]) -> Array:
     """The 16 values that the codes stand for, as the file has them."""
+    import numpy as np
+
     return read(f"{packed.info.name}.quant_map").astype(np.float32, copy=False)
 
 
 def decode(codes: Array, absmax: Array, table: Array, n: int, packed: Packed) -> Array:
     """A tile of codes uint8 [ceil(n/2)] -> n flat weights in the dtype the weight had."""
+    import numpy as np
+
+    from lorasurgery.arrays import NUMPY
+    from lorasurgery.kernels import nf4_dequantize
+
     block, dtype = int(packed.state["blocksize"]), NUMPY[packed.info.dtype]
     return nf4_dequantize.run(codes.reshape(-1).view(np.uint8), absmax, block, n, dtype, table)
 

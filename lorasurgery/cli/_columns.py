@@ -1,0 +1,64 @@
+"""Which of a report's numbers are shown, under which title and how: the one place that says it.
+
+A metric that is not named here is shown under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorasurgery.cli._sizes import show_bytes, show_count
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """`worst` picks the number that a folded row must not hide; without it the row has the sum."""
+
+    title: str
+    show: Callable[[float], str]
+    worst: Callable[[list[float]], float] | None = max
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.3g} %"
+
+
+def _number(x: float) -> str:
+    return f"{x:.4g}"
+
+
+def _fixed(x: float) -> str:
+    return f"{x:.3f}"
+
+
+def _farthest_from_one(values: list[float]) -> float:
+    return max(values, key=lambda x: abs(x - 1))
+
+
+COLUMNS = {
+    "relative_error": Column("relative error", _percent),
+    "max_error": Column("max error", _number),
+    "parameters": Column("parameters", show_count, None),
+    "decoded": Column("parameters", show_count, None),
+    "bits_per_parameter": Column("bits", _fixed),
+    "retained": Column("retained", _fixed, _farthest_from_one),
+    "noise": Column("noise", _fixed),
+    "retained_signal": Column("retained", _fixed, _farthest_from_one),
+    # totals alone
+    "bits_per_quantized_parameter": Column("bits per quantized parameter", _fixed),
+    "quantized_parameters": Column("quantized parameters", show_count, None),
+    "bytes": Column("size", show_bytes, None),
+    "tensors": Column("tensors", _number, None),
+}
+
+# sums from which totals are made; --json has them
+HIDDEN = {"error2", "norm2"}
+
+# what is said of the whole, before all else
+TOTALS_FIRST = ("tensors", "retained", "noise", "relative_error", "max_error")
+
+
+def column(metric: str) -> Column:
+    """How this metric is shown."""
+    return COLUMNS.get(metric) or Column(metric.replace("_", " "), _number)

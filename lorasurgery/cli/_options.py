@@ -1,0 +1,136 @@
+"""The flags that commands share, spelled the same everywhere.
+
+A group of flags is a frozen dataclass: a command that takes one has its fields as options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from lorasurgery.cli._config import use_config
+from lorasurgery.cli._sizes import size
+
+Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
+FloatName = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    FloatName, typer.Option("--dtype", help="Float dtype to write; auto keeps each tensor's own.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Take these tensors instead; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="GLOB", help="Leave these tensors alone; repeatable."),
+]
+AllowUnmatched = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-unmatched", metavar="PATTERN",
+        help="Adapter parts that may belong to nothing in the base; repeatable.",
+    ),
+]  # fmt: skip
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", callback=use_config, is_eager=True,
+        help="Options from a YAML file; flags win.",
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Printing:
+    """What a command says, and where."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON there too.")
+    ] = None
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="A line for each tensor, not for each layer.")
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
+    ] = False
+    config: Config = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Where an operation writes, and how it runs."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to write.")
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run ended.")
+    ] = False
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Wait until the disk has everything (fsync).")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compute the report, write nothing.")
+    ] = False
+    max_shard_size: Annotated[
+        int,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", parser=size, show_default="5GB",
+            help="Largest file to write.",
+        ),
+    ] = 5_000_000_000  # fmt: skip
+    max_memory: Annotated[
+        int | None,
+        typer.Option("--max-memory", metavar="SIZE", parser=size, help="Bound on the tiles in memory."),
+    ] = None
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
+    ] = 0
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters of dataclass type are replaced by the fields of those."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        group = hints[name]
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            parameters += _fields(group)
+        else:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(kind=kind, annotation=hints[name]))
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        grouped = {
+            name: kind(**{f.name: values.pop(f.name) for f in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**values, **grouped)
+
+    # what typer looks at
+    del flat.__wrapped__
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters}
+    return flat
+
+
+def _fields(kind: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY,
+            default=field.default, annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]  # fmt: skip

@@ -1,0 +1,21 @@
+"""lorasurgery dequantize: packed weights back to 16 or 32 bits."""
+
+from __future__ import annotations
+
+from lorasurgery.cli._options import Base, Dtype, Printing, Writing
+from lorasurgery.cli._report import carry_out
+from lorasurgery.tensors import DTYPE_NAMES
+
+
+def command(base: Base, dtype: Dtype = "auto", *, writing: Writing, printing: Printing) -> None:
+    """Write an NF4 or FP4 model as a plain one.
+
+    Example:
+
+        lorasurgery dequantize model-nf4 -o model-bf16 --dtype bfloat16
+    """
+    from lorasurgery.model import resolve
+    from lorasurgery.operations.dequantize import dequantize
+
+    source, code = resolve(base), DTYPE_NAMES.get(dtype)
+    carry_out(lambda output, how: dequantize(source, output, code, how), writing, printing)
