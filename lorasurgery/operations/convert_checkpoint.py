@@ -46,6 +46,7 @@ def convert_checkpoint(
         edits,
         _files(model, kind),
         cast_total,
+        notes=_remarks(model),
     )
     return run(plan, output, how) if output else rehearse(plan, how)
 
@@ -87,6 +88,13 @@ def square(x: Array) -> float:
 def ratio(error2: float, norm2: float) -> float:
     """||error|| / ||whole||, 0 for nothing at all."""
     return math.sqrt(error2 / norm2) if norm2 else 0.0
+
+
+def _remarks(model: Model) -> tuple[str, ...]:
+    """What a GGUF header cannot say, so that the directory lacks it."""
+    if model.stored.path.suffix != ".gguf":
+        return ()
+    return tuple(plugins.load("formats", "gguf").remarks(model.stored))
 
 
 def _files(model: Model, dtype: str | None) -> dict[str, bytes | Path]:
