@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from lorasurgery.problems import Problem
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class Site:
 
     `module` is the path without the trainer's prefix; `parameter` is 'weight' but for
     target_parameters; `factors` are facts; `load` reads them as float32, W-side: A [r, in], B [out, r].
-    `layout` says how W is meant: 'linear' [out, in], 'conv1d' [in, out] (GPT-2), 'embedding'
-    [tokens, dim] (factors already turned), 'experts' [experts, out, in] (A expert-slowest, B expert-fastest).
+    `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'parameter' as it is
+    stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r].
     """
 
     module: str
@@ -51,6 +52,7 @@ class Site:
     config: AdapterConfig
     factors: Mapping[str, TensorInfo]
     load: Callable[[], Mapping[str, Array]]
+    fan_in_fan_out: bool = False  # a hint that W is stored [in, out]; PEFT writes its last module's
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Adapter:
     added: Mapping[str, TensorInfo]
     load: Callable[[str], Array]  # one of `replaced` or `added`; `added` as float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
+    problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
 
 
 class Variant(Protocol):

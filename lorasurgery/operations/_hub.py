@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorasurgery.checkpoint import Checkpoint, Union
 from lorasurgery.errors import FormatError
-from lorasurgery.formats.safetensors import MAX_HEADER, parse_header
+from lorasurgery.formats._safetensors_header import MAX_HEADER, parse_header
 from lorasurgery.operations._source import DOCUMENTS, Source
 from lorasurgery.tensors import TensorInfo
 

@@ -1,0 +1,167 @@
+"""The fields of PEFT's adapter_config.json: which are read, which say nothing of weights, which refuse.
+
+Checked against LoraConfig of peft 0.21; older versions wrote subsets of these fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorasurgery.adapter import AdapterConfig
+from lorasurgery.errors import FormatError, MatchError, UnknownNameError
+from lorasurgery.plugins import suggestion
+from lorasurgery.problems import Problem
+
+# fields that say how weights are to be merged
+_READ = {
+    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern",
+    "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_parameters", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights",
+}  # fmt: skip
+# fields of training and bookkeeping: whatever they hold, the merged weights are the same
+_SILENT = {
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
+    "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "velora_config", "enable_lora", "merge_weights",
+}  # fmt: skip
+# fields that change what the factors mean; only a neutral value is understood
+_REFUSED = {
+    "use_dora": "its magnitudes are no part of B A",
+    "use_qalora": "its A works on pooled inputs",
+    "alora_invocation_tokens": "it acts on some tokens alone, so no merged weight does the same",
+    "arrow_config": "a router chooses among adapters for each token",
+    "kasa_config": "its factors belong to a base that was truncated by SVD",
+    "megatron_config": "its layers are split over devices",
+    "monteclora_config": "its factors are drawn from a distribution",
+    "use_bdlora": "its factors are block-diagonal",
+    "layer_replication": "its layers are copies that the base does not have",
+    "trainable_token_indices": "it replaces single rows of an embedding",
+}
+# starts that take something out of the base, which the saved factors rely on
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
+    """The fields that nobody knows. Raises what no flag allows: another type, a changed meaning."""
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind != "LORA":
+        raise UnknownNameError(
+            f"{path}: peft_type {kind!r} is no variant that is read here. Known: LORA."
+        )
+    for field, reason in _REFUSED.items():
+        if config.get(field):
+            raise MatchError(
+                f"{path}: {field} is {config[field]!r}: {reason}. Merge it with PEFT itself."
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MUTATING):
+        raise MatchError(
+            f"{path}: init_lora_weights is {start!r}: its factors belong to a base that was changed "
+            "at the start of training. Save it with path_initial_model_for_weight_conversion."
+        )
+    known = {*_READ, *_SILENT, *_REFUSED}
+    return [
+        Problem(
+            field,
+            f"config field {field!r} is unknown. {suggestion(field, sorted(known))[:-1]}",
+        )
+        for field, value in config.items()
+        if field not in known and value not in (None, False, [], {}, "")
+    ]
+
+
+def site_config(config: Mapping[str, Any], key: str) -> AdapterConfig:
+    """Rank and alpha of one module path; the patterns are regexes, the first that fits wins."""
+    rank = _pattern(config.get("rank_pattern"), key, config.get("r", 8))
+    alpha = _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+    try:
+        rank, alpha = int(rank), float(alpha)
+    except (TypeError, ValueError):
+        raise FormatError(
+            f"{key}: rank {rank!r} and alpha {alpha!r} are not numbers. Mend adapter_config.json."
+        ) from None
+    if rank < 1:
+        raise FormatError(f"{key}: rank {rank} is not positive. Mend adapter_config.json.")
+    return AdapterConfig("lora", rank, alpha, bool(config.get("use_rslora")))
+
+
+def _pattern(patterns: Mapping[str, Any] | None, key: str, otherwise: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if _match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return otherwise
+
+
+def targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT, given this config, would put an adapter on this module."""
+    if _excluded(config.get("exclude_modules"), module) or saved(config, module):
+        return False
+    targets = config.get("target_modules")
+    if targets is None:
+        return not config.get("target_parameters")
+    if isinstance(targets, str):
+        return targets.lower() == "all-linear" or bool(_match(f"(?:{targets})$", module))
+    return _listed(targets, module) and _in_layers(config, module)
+
+
+def saved(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the module, or one that holds it, is kept whole by modules_to_save."""
+    names = config.get("modules_to_save") or ()
+    return any(_match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+
+
+def kept_whole(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT saves this tensor for its module's sake: it matches ends of paths, dot or no dot."""
+    owners = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+    names = tuple(config.get("modules_to_save") or ())
+    return bool(names) and (saved(config, name) or any(owner.endswith(names) for owner in owners))
+
+
+def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
+    """Which of a module's parameters target_parameters names, in the order of their registration."""
+    found = []
+    for target in config.get("target_parameters") or ():
+        owner, _, parameter = target.rpartition(".")
+        if not owner or module == owner or module.endswith(f".{owner}"):
+            found.append(parameter)
+    # fused experts register what leads in before what leads out
+    return sorted(set(found), key=lambda name: ("down" in name, name))
+
+
+def _excluded(excluded: Any, module: str) -> bool:
+    if isinstance(excluded, str):
+        return bool(_match(f"(?:{excluded})$", module))
+    return bool(excluded) and _listed(excluded, module)
+
+
+def _listed(names: Iterable[str], module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: Mapping[str, Any], module: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # the first numbered part is the layer; a later one may be an expert
+    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [
+        r".*?\.[^.]*\.(?P<idx>\d+)\."
+    ]
+    found = next((m for form in forms if (m := _match(form, module))), None)
+    return found is not None and int(found["idx"]) in (
+        [layers] if isinstance(layers, int) else layers
+    )
+
+
+def _match(pattern: str, text: str) -> re.Match[str] | None:
+    try:
+        return re.match(pattern, text)
+    except re.error as error:
+        raise FormatError(
+            f"adapter_config.json: {pattern!r} is no regular expression ({error}). Mend it."
+        ) from None

@@ -1,0 +1,116 @@
+"""From a live module's path, as a trainer saw it, to the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lorasurgery.layouts import EXPERTS, RENAMES
+from lorasurgery.plugins import suggestion
+
+_Rename = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The share of a parameter that one stored tensor holds.
+
+    `expert`: the tensor is one expert's; None for a plain weight, or a whole stack.
+    `rows`: which rows of that expert's matrix it holds; None for all.
+    """
+
+    tensor: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+class Names:
+    """A checkpoint's names, and how those of one adapter are read in it."""
+
+    def __init__(self, stored: Iterable[str], wanted: Sequence[str]) -> None:
+        """`wanted` are the adapter's parameters (path.weight); the renaming that finds most is taken."""
+        self.stored = set(stored)
+        self._tops = sorted({name.partition(".")[0] for name in self.stored})
+        self._rename = max(
+            self._renamings(wanted),
+            key=lambda rename: sum(self._known(rename(name)) for name in wanted),
+        )
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a live parameter, or None."""
+        # torch's MultiheadAttention holds q, k and v in one matrix without a module of its own
+        inner = re.sub(r"\.weight$", ".in_proj_weight", name)
+        tries = (self._rename(name), name, self._rename(inner), inner)
+        return next((n for n in tries if n in self.stored), None)
+
+    def parts(self, name: str, rows: int, experts: int) -> list[Part]:
+        """Where a live parameter is stored: one tensor, or a few for each expert; [] if nowhere.
+
+        rows: of one expert's matrix; experts: in the stack, 1 for a plain weight.
+        """
+        if (stored := self.find(name)) is not None:
+            return [Part(stored)]
+        if experts == 1 and not self._split(name, 0):
+            return []
+        found = []
+        for expert in range(experts):
+            names = self._split(name, expert)
+            if not names or rows % len(names):
+                return []
+            step = rows // len(names)
+            found += [
+                Part(n, expert, (i * step, (i + 1) * step) if len(names) > 1 else None)
+                for i, n in enumerate(names)
+            ]
+        return found
+
+    def nearest(self, name: str) -> str:
+        """A sentence that names the stored name most like this one."""
+        return suggestion(name, sorted(self.stored))
+
+    def _split(self, name: str, expert: int) -> list[str]:
+        """The tensors of one expert, by the first naming that has them all."""
+        module, _, parameter = name.rpartition(".")
+        for names in EXPERTS.get(parameter, ()):
+            found = [self.find(f"{module}.{expert}.{n}.weight") for n in names]
+            if all(found):
+                return [n for n in found if n]
+        return []
+
+    def _known(self, name: str) -> bool:
+        module, _, parameter = name.rpartition(".")
+        if parameter not in EXPERTS or name in self.stored:
+            return name in self.stored
+        return any(f"{module}.0.{n[0]}.weight" in self.stored for n in EXPERTS[parameter])
+
+    def _renamings(self, wanted: Sequence[str]) -> list[_Rename]:
+        """Identity first; then a prefix less (GPT-2's `transformer.`), a prefix more, known renames."""
+        heads = sorted({name.partition(".")[0] for name in wanted})
+        return [
+            lambda name: name,
+            *(_without(f"{head}.") for head in heads),
+            *(_with(f"{top}.") for top in self._tops),
+            *(_by(pattern, by) for pattern, by in RENAMES),
+            _all_renames,
+        ]
+
+
+def _without(prefix: str) -> _Rename:
+    return lambda name: name.removeprefix(prefix)
+
+
+def _with(prefix: str) -> _Rename:
+    return lambda name: prefix + name
+
+
+def _by(pattern: str, by: str) -> _Rename:
+    return lambda name: re.sub(pattern, by, name)
+
+
+def _all_renames(name: str) -> str:
+    for pattern, by in RENAMES:
+        renamed = re.sub(pattern, by, name)
+        if renamed != name:
+            return renamed
+    return name

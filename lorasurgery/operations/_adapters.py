@@ -1,0 +1,43 @@
+"""Adapters as they are typed: a directory, a file or a hub id, and after a colon a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from lorasurgery import plugins
+from lorasurgery.adapter import Adapter, Dialect
+from lorasurgery.errors import FormatError
+from lorasurgery.model import resolve
+
+_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
+
+
+def open_adapters(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
+    """Each adapter with its weight, 1 unless `:0.5` stands after it; headers alone are read.
+
+    Raises FormatError for a path that holds no adapter, and what its dialect raises.
+    """
+    return [(open_adapter(resolve(name)), weight) for name, weight in map(split_weight, texts)]
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """`PATH:0.5` as (PATH, 0.5); a colon in the name of a path that exists belongs to the name."""
+    match = None if Path(text).exists() else _WEIGHT.fullmatch(text)
+    return (match["name"], float(match["weight"])) if match else (text, 1.0)
+
+
+def open_adapter(path: Path) -> Adapter:
+    """The adapter at a path, in whichever dialect claims it."""
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or directory. Check the adapter's path.")
+    for name in plugins.names("dialects"):
+        dialect = cast(Dialect, plugins.load("dialects", name))
+        if dialect.detect(path):
+            return dialect.read(path)
+    known = ", ".join(plugins.names("dialects"))
+    raise FormatError(
+        f"{path}: holds no adapter in a layout that is known ({known}). Check the path."
+    )

@@ -1,0 +1,253 @@
+"""An adapter's sites laid upon a checkpoint's tensors: every factor gets a place, or a problem."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from lorasurgery import plugins
+from lorasurgery.adapter import Adapter, Site, Variant
+from lorasurgery.layouts import CONV1D, TURNED_EXPERTS
+from lorasurgery.naming import Names, Part
+from lorasurgery.problems import Problem
+from lorasurgery.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from lorasurgery.arrays import Array
+    from lorasurgery.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one site does to one tensor: its factors times `weight`, turned if W is stored [in, out]."""
+
+    site: Site
+    part: Part
+    turned: bool
+    weight: float = 1.0
+
+    def factors(self) -> tuple[Array, Array]:
+        """A float32 [n, k, columns] and B [n, rows, k] with the tensor's change B A; n experts, or 1."""
+        variant = cast(Variant, plugins.load("adapters", self.site.config.variant))
+        form = variant.low_rank(self.site.load(), self.site.config)
+        assert form is not None, f"{self.site.config.variant} has no low-rank form"
+        a, b = form
+        if a.ndim == 2:
+            a, b = a[None], b[None]
+        if self.part.expert is not None:
+            a, b = a[self.part.expert : self.part.expert + 1], b[[self.part.expert]]
+        if self.part.rows is not None:
+            b = b[:, slice(*self.part.rows)]
+        if self.weight != 1.0:
+            b = b * b.dtype.type(self.weight)
+        if self.turned:
+            a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+        return a, b
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The change of a tensor seen as [n, rows, columns]: a float32 [n, k, columns], b [n, rows, k]."""
+
+    a: Array
+    b: Array
+
+    def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Array, Array]]:
+        """For rows start:stop of the tensor's first dimension: (part of them, a, b)."""
+        if len(self.a) == 1:
+            yield slice(None), self.a[0], self.b[0, start:stop]
+            return
+        for n in range(start, min(stop, len(self.a))):
+            yield slice(n - start, n - start + 1), self.a[n], self.b[n]
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[1])
+
+    @classmethod
+    def nothing(cls, info: TensorInfo) -> LowRank:
+        """Rank 0: W + B A is W."""
+        import numpy as np
+
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
+        return cls(np.zeros((1, 0, columns), np.float32), np.zeros((1, rows, 0), np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """All that adapters do to one tensor."""
+
+    tensor: str
+    shares: tuple[Share, ...]
+
+    def change(self) -> LowRank:
+        """The shares' factors side by side: a sum of products is a product of rank r1 + r2."""
+        import numpy as np
+
+        pairs = [share.factors() for share in self.shares]
+        a = np.concatenate([a for a, _ in pairs], axis=1)
+        b = np.concatenate([b for _, b in pairs], axis=2)
+        return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b))
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor that comes from the adapter (`name` there), to replace one or to be added to one."""
+
+    adapter: Adapter
+    name: str
+    info: TensorInfo
+    weight: float = 1.0
+
+    def load(self) -> Array:
+        return self.adapter.load(self.name)
+
+
+def bias_change(wholes: Sequence[Whole]) -> LowRank:
+    """The weighted sum of what is added to a bias, as a change of rank 1."""
+    import numpy as np
+
+    values = np.sum([whole.load() * np.float32(whole.weight) for whole in wholes], axis=0)
+    return LowRank(np.ones((1, 1, 1), np.float32), values.astype(np.float32).reshape(1, -1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Where everything goes. Tensors named here that the checkpoint lacks are new ones."""
+
+    targets: Mapping[str, Target]
+    replaced: Mapping[str, Whole]
+    added: Mapping[str, tuple[Whole, ...]]
+    missing: Mapping[str, Site]  # live parameters that no tensor holds: tied heads, or mistakes
+    problems: tuple[Problem, ...]
+
+
+def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
+    """Lay one adapter upon a model; nothing is raised, all that does not fit is a problem."""
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    names = Names(model.weights, [*live, *adapter.replaced, *adapter.added])
+    problems = list(adapter.problems)
+    shares: dict[str, list[Share]] = defaultdict(list)
+    missing = {}
+    for name, site in zip(live, adapter.sites, strict=True):
+        rows, experts = site.factors["B"].shape[-2], _experts(site)
+        parts = names.parts(name, rows, experts)
+        if not parts:
+            missing[name] = site
+        for part in parts:
+            turned = _orientation(model, site, part)
+            if turned is None:
+                problems.append(_misfit(model, site, part))
+            else:
+                shares[part.tensor].append(Share(site, part, turned, weight))
+    replaced, added = {}, {}
+    for name, info in adapter.replaced.items():
+        replaced[names.find(name) or name] = Whole(adapter, name, info, weight)
+    for name, info in adapter.added.items():
+        stored = names.find(name)
+        if stored is None or model.weights.info(stored).shape != info.shape:
+            problems.append(_no_bias(model, name, info, stored))
+        else:
+            added[stored] = (Whole(adapter, name, info, weight),)
+    targets = {tensor: Target(tensor, tuple(of)) for tensor, of in shares.items()}
+    return Resolved(targets, replaced, added, missing, tuple(problems))
+
+
+def unmatched(model: Model, resolved: Resolved) -> list[Problem]:
+    """A problem for each site that no tensor holds."""
+    names = Names(model.weights, list(resolved.missing))
+    return [
+        Problem(
+            next(iter(site.factors.values())).name,
+            f"{name} is adapted, but {model.path} has no such tensor. {names.nearest(name)[:-1]}",
+        )
+        for name, site in resolved.missing.items()
+    ]
+
+
+def combine(parts: Sequence[Resolved]) -> Resolved:
+    """Several adapters at once: their changes of a tensor add up; two replacements are a problem."""
+    targets: dict[str, Target] = {}
+    replaced: dict[str, Whole] = {}
+    added: dict[str, tuple[Whole, ...]] = {}
+    problems = [p for part in parts for p in part.problems]
+    for part in parts:
+        for tensor, target in part.targets.items():
+            before = targets[tensor].shares if tensor in targets else ()
+            targets[tensor] = replace(target, shares=before + target.shares)
+        for tensor, whole in part.replaced.items():
+            if tensor in replaced:
+                problems.append(Problem(tensor, f"{tensor}: two adapters replace it as a whole"))
+            replaced[tensor] = whole
+        for tensor, wholes in part.added.items():
+            added[tensor] = added.get(tensor, ()) + wholes
+    missing = {name: site for part in parts for name, site in part.missing.items()}
+    return Resolved(targets, replaced, added, missing, tuple(problems))
+
+
+def _experts(site: Site) -> int:
+    shape = site.factors["A"].shape
+    return shape[0] if len(shape) == 3 else 1
+
+
+def _orientation(model: Model, site: Site, part: Part) -> bool | None:
+    """Whether W is stored turned, [in, out]; None if the factors fit neither way."""
+    info = model.weights.info(part.tensor)
+    out, in_ = site.factors["B"].shape[-2], site.factors["A"].shape[-1]
+    if part.rows is not None:
+        out = part.rows[1] - part.rows[0]
+    stack = site.layout == "experts" and part.expert is None
+    if stack and (len(info.shape) != 3 or info.shape[0] != _experts(site)):
+        return None
+    if stack:
+        _, rows, columns = info.shape
+    else:  # a convolution's weight is [out, in, ...]
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
+    straight, turned = (out, in_) == (rows, columns), (in_, out) == (rows, columns)
+    if straight and turned:
+        return _turned_by_name(model.config, site)
+    if turned and not _may_turn(model.config, site):
+        return None
+    return turned if straight or turned else None
+
+
+def _may_turn(config: Mapping[str, Any], site: Site) -> bool:
+    if site.layout == "linear":
+        return site.fan_in_fan_out or _is_conv1d(config, site)
+    return site.layout == "experts"
+
+
+def _turned_by_name(config: Mapping[str, Any], site: Site) -> bool:
+    """Square weights: only the architecture, or else the trainer's flag, can tell."""
+    kind = str(config.get("model_type", ""))
+    if site.layout == "experts":
+        return kind in TURNED_EXPERTS
+    if kind in CONV1D:
+        return _is_conv1d(config, site)
+    return site.layout == "linear" and site.fan_in_fan_out
+
+
+def _is_conv1d(config: Mapping[str, Any], site: Site) -> bool:
+    names = CONV1D.get(str(config.get("model_type", "")), ())
+    return site.layout == "linear" and site.module.rpartition(".")[2] in names
+
+
+def _misfit(model: Model, site: Site, part: Part) -> Problem:
+    a, b = site.factors["A"], site.factors["B"]
+    info = model.weights.info(part.tensor)
+    return Problem(
+        a.name,
+        f"{site.module}: A {list(a.shape)} and B {list(b.shape)} make a change of "
+        f"[{b.shape[-2]}, {a.shape[-1]}], but {part.tensor} in {model.path} is {list(info.shape)}",
+    )
+
+
+def _no_bias(model: Model, name: str, info: TensorInfo, stored: str | None) -> Problem:
+    if stored is None:
+        return Problem(name, f"{name}: the adapter adds a bias, but {model.path} has none there")
+    shape = list(model.weights.info(stored).shape)
+    return Problem(name, f"{name}: the adapter adds {list(info.shape)} to a bias of {shape}")

@@ -1,0 +1,67 @@
+"""Laws that hold for every variant. A new file in adapters/ is tested without an edit here."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorasurgery import plugins
+from lorasurgery.adapter import AdapterConfig
+
+
+@pytest.fixture(params=plugins.names("adapters"))
+def case(request):
+    """(variant, W, random factors, config); alpha ≠ rank, out ≠ in, so that no mix-up hides."""
+    variant = plugins.load("adapters", request.param)
+    config = AdapterConfig(request.param, rank=3, alpha=7.0, rank_stabilized=True)
+    rng = torch.Generator().manual_seed(0)
+    w = torch.randn(10, 6, generator=rng)
+    fresh = variant.init(w, config, rng)
+    factors = {k: v + 0.3 * torch.randn(v.shape, generator=rng) for k, v in fresh.items()}
+    return variant, w, factors, config
+
+
+def test_a_fresh_adapter_changes_nothing(case):
+    variant, w, _, config = case
+    factors = variant.init(w, config, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        variant.delta(w, factors, config), torch.zeros_like(w), atol=1e-6, rtol=0
+    )
+
+
+def test_shapes_are_the_ones_announced(case):
+    variant, w, factors, config = case
+    assert {k: tuple(v.shape) for k, v in factors.items()} == variant.shapes(*w.shape, config)
+
+
+def test_merged_weight_computes_what_the_adapter_computes(case):
+    variant, w, factors, config = case
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    merged = x @ (w + variant.delta(w, factors, config)).T
+    torch.testing.assert_close(merged, variant.forward(x, w, factors, config), atol=1e-5, rtol=1e-5)
+
+
+def test_linear_in_w_is_declared_rightly(case):
+    variant, w, factors, config = case
+    same = torch.equal(variant.delta(w, factors, config), variant.delta(2 * w, factors, config))
+    assert same == variant.LINEAR_IN_W
+
+
+def test_low_rank_form_is_the_delta(case):
+    variant, w, factors, config = case
+    form = variant.low_rank(factors, config)
+    if form is not None:
+        a, b = form
+        torch.testing.assert_close(b @ a, variant.delta(w, factors, config), atol=1e-6, rtol=1e-5)
+
+
+def test_arrays_and_tensors_give_the_same(case):
+    variant, w, factors, config = case
+    arrays = {name: factor.numpy() for name, factor in factors.items()}
+    got = variant.delta(w.numpy(), arrays, config)
+    assert isinstance(got, np.ndarray)
+    np.testing.assert_allclose(got, variant.delta(w, factors, config).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_is_alpha_over_the_root_of_the_rank_only_when_stabilized():
+    assert AdapterConfig("lora", 16, 8.0).scaling == 0.5
+    assert AdapterConfig("lora", 16, 8.0, rank_stabilized=True).scaling == 2.0
