@@ -73,7 +73,9 @@ class Base:
 def _data_size(path: Path, header: bytes) -> int:
     """What the header's tensors take; parse_header then finds them consistent."""
     entries = json.loads(header)
-    ends: list[int] = [e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"]
+    ends: list[int] = [
+        e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"
+    ]
     if not ends:
         raise FormatError(f"{path}: describes a file without tensors. Restore it.")
     return max(ends)
