@@ -43,8 +43,6 @@ def convert_checkpoint(
     kind = dtype or ("BF16" if decoded else None)
     kept = packed_parts(model)
     edits = tuple(cast_edit(model.stored, n, None if n in kept else kind) for n in model.stored)
-    unlike = sum(model.stored.info(n).dtype != kind for n in kept)
-    note = f"{unlike} tensors of quantized weights are copied as they are, not cast to {kind}"
     plan = Plan(
         "convert-checkpoint",
         {"source": source},
@@ -53,7 +51,7 @@ def convert_checkpoint(
         _files(model, kind),
         cast_total,
         shards=_adapter_file(model, edits),
-        notes=(note,) if kind and unlike else (),
+        notes=(*_left_packed(model, kept, kind), *_remarks(model)),
     )
     return run(plan, output, how) if output else rehearse(plan, how)
 
@@ -152,6 +150,20 @@ def square(x: Array) -> float:
 def ratio(error2: float, norm2: float) -> float:
     """||error|| / ||whole||, 0 for nothing at all."""
     return math.sqrt(error2 / norm2) if norm2 else 0.0
+
+
+def _left_packed(model: Model, kept: set[str], kind: str | None) -> tuple[str, ...]:
+    unlike = sum(model.stored.info(n).dtype != kind for n in kept)
+    if not kind or not unlike:
+        return ()
+    return (f"{unlike} tensors of quantized weights are copied as they are, not cast to {kind}",)
+
+
+def _remarks(model: Model) -> tuple[str, ...]:
+    """What a GGUF header cannot say, so that the directory lacks it."""
+    if model.stored.path.suffix != ".gguf":
+        return ()
+    return tuple(plugins.load("formats", "gguf").remarks(model.stored))
 
 
 def _files(model: Model, dtype: str | None) -> dict[str, bytes | Path]:
