@@ -42,8 +42,8 @@ class Site:
 
     `module` is the path without the trainer's prefix; `parameter` is 'weight' but for
     target_parameters; `factors` are facts; `load` reads them as float32, W-side: A [r, in], B [out, r].
-    `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'experts' [experts, out,
-    in] with A [experts, r, in] and B [experts, out, r].
+    `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'parameter' as it is
+    stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r].
     """
 
     module: str
@@ -52,7 +52,7 @@ class Site:
     config: AdapterConfig
     factors: Mapping[str, TensorInfo]
     load: Callable[[], Mapping[str, Array]]
-    fan_in_fan_out: bool = False  # the trainer's word that W is stored [in, out]
+    fan_in_fan_out: bool = False  # a hint that W is stored [in, out]; PEFT writes its last module's
 
 
 @dataclass(frozen=True, slots=True)

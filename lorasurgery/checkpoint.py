@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
 
+# holds the finished edits of a directory that is being written
+JOURNAL = ".journal.jsonl"
+# is written last: what was done, and how it went
+MANIFEST = "surgery.json"
+
+
 class Checkpoint(Protocol):
     """Random access to tensors that stay on disk. `info` reads no data; `read` reads one tensor."""
 
@@ -78,6 +84,10 @@ class Union:
     def __contains__(self, name: object) -> bool:
         return name in self._owner
 
+    def owner(self, name: str) -> str:
+        """The file that holds a tensor."""
+        return self._owner[name].path.name
+
     def info(self, name: str) -> TensorInfo:
         return self._owner[name].info(name)
 
@@ -104,6 +114,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_directory(path)
     if not path.exists():
         raise FormatError(f"{path}: no such file or directory. Check the path.")
+    if not path.is_file():
+        raise FormatError(f"{path}: is no regular file. Check the path.")
     return open_file(path)
 
 
@@ -124,15 +136,14 @@ _SINGLE = (
     "pytorch_model.bin",
     "adapter_model.bin",
 )
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".gguf", ".bin")
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The files of a directory that hold its weights, in shard order; headers are not read."""
-    indices = sorted(directory.glob("*.safetensors.index.json"))
-    indices = indices or sorted(directory.glob("*.bin.index.json"))
-    if indices and not (directory / "model.safetensors").exists():
-        return _indexed(indices[0])
+    if not (directory / "model.safetensors").exists() and (index := _index_of(directory)):
+        return [_shard(index, name) for name in sorted(set(_weight_map(index).values()))]
     for name in _SINGLE:
         if (directory / name).exists():
             return [directory / name]
@@ -149,47 +160,101 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _open_directory(directory: Path) -> Checkpoint:
-    files = weight_files(directory)
-    if len(files) == 1:
-        return open_file(files[0])
-    return Union(directory, {file.name: open_file(file) for file in files})
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The shards that an index names, each inside the index's own directory."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{index}: not an index of shards ({error}). Restore the file.") from None
-    return [_shard(index, name) for name in names]
-
-
-def _shard(index: Path, name: Any) -> Path:
-    if not isinstance(name, str) or not name or name != Path(name).name or name in (".", ".."):
+    if (directory / JOURNAL).exists() and not (directory / MANIFEST).exists():
         raise FormatError(
-            f"{index}: shard {name!r} is no plain file name. An index may only name files beside it."
+            f"{directory}: an interrupted run left it unfinished. Repeat that command with --resume."
         )
-    home = index.parent.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":  # the hub's cache keeps links to ../../blobs
-        allowed.append(home.parent.parent / "blobs")
-    target = (index.parent / name).resolve()
+    files = weight_files(directory)
+    index = None if (directory / "model.safetensors").exists() else _index_of(directory)
+    if index is None:
+        return open_file(files[0])
+    union = Union(directory, {file.name: open_file(file) for file in files})
+    _check_index(index, union)
+    return union
+
+
+def _index_of(directory: Path) -> Path | None:
+    """The index of shards: the one of the usual name, or else the only one."""
+    for name in _INDICES:
+        if (directory / name).exists():
+            return directory / name
+    found = sorted(directory.glob("*.index.json"))
+    if len(found) > 1:
+        raise FormatError(
+            f"{directory}: {len(found)} indices of shards, {found[0].name} and {found[1].name}, and "
+            "none of the usual name. Remove all but one."
+        )
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """What an index says: tensor name -> file name."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(map(_is_plain, names.values())):
+        if isinstance(names, dict) and (odd := [v for v in names.values() if not _is_plain(v)]):
+            raise FormatError(
+                f"{index}: shard {odd[0]!r} is no plain file name. An index may only name files "
+                "beside it."
+            )
+        raise FormatError(f"{index}: has no weight_map from tensors to files. Restore the file.")
+    return names
+
+
+def _is_plain(name: object) -> bool:
+    """A name that can only mean a file beside the index."""
+    plain = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
+    return plain and name == Path(str(name)).name and name not in ("", "..")
+
+
+def _shard(index: Path, name: str) -> Path:
+    shard = index.parent / name
+    check_inside(index.parent, shard)
+    if not shard.is_file():
+        raise FormatError(f"{index}: shard {name} is missing. Download it again.")
+    return shard
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise FormatError for a file that is a link out of its folder."""
+    home, target = folder.resolve(), _resolved(file)
+    # the hub's cache keeps links to blobs beside its snapshots
+    allowed = [home, *(p.parent / "blobs" for p in home.parents if p.name == "snapshots")]
     if not any(target.is_relative_to(place) for place in allowed):
         raise FormatError(
-            f"{index}: shard {name} is a link out of the directory, to {target}. "
-            "Replace the link by the file."
+            f"{file}: is a link out of the directory, to {target}. Replace the link by the file."
         )
-    if not target.is_file():
-        raise FormatError(f"{index}: shard {name} is missing. Download it again.")
-    return index.parent / name
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return path.parent.resolve() / path.name
+
+
+def _check_index(index: Path, union: Union) -> None:
+    """An index and its shards must name the same tensors in the same files."""
+    said = _weight_map(index)
+    for name, file in said.items():
+        if name not in union.shards[file]:
+            raise FormatError(
+                f"{index}: {name} is said to be in {file}, but is not. Download both again."
+            )
+    for name in union:
+        if name not in said:
+            raise FormatError(
+                f"{index}: {name} is in {union.owner(name)}, but the index does not name it. "
+                "Download both again."
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or an error that names the file."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror}. Check the file.") from None
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read as JSON ({error}). Restore the file.") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: holds a {type(value).__name__}, not an object. Restore it.")

@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasurgery.checkpoint import Checkpoint, open_checkpoint, read_json
+from lorasurgery.checkpoint import (
+    JOURNAL,
+    MANIFEST,
+    Checkpoint,
+    check_inside,
+    open_checkpoint,
+    read_json,
+)
 from lorasurgery.errors import FormatError
-from lorasurgery.tensors import TensorInfo
+from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
 from lorasurgery.weights import Weights
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
     ".index.json", ".partial",
 )  # fmt: skip
-_OURS = ("surgery.json", ".journal.jsonl")
+_OURS = (MANIFEST, JOURNAL)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 # nn.Embedding tables, output heads and what is no matrix product, by the names that models give them
@@ -43,18 +50,20 @@ class Model:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The side files (tokenizer, generation config, chat template, code), by relative name."""
+        """The side files (tokenizer, generation config, chat template, code), by relative name.
+
+        Raises FormatError for one that is a link out of the directory: what it leads to would be
+        published with the output.
+        """
         if not self.path.is_dir():
             return {}
-        return {
-            str(file.relative_to(self.path)): file
-            for file in sorted(self.path.rglob("*"))
-            if file.is_file()
-            and not file.name.endswith(_WEIGHTS)
-            and file.name not in _OURS
-            and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
-            and "residual_adapter" not in file.parts
-        }
+        found = {}
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path)
+            if file.is_file() and _travels(name):
+                check_inside(self.path, file)
+                found[str(name)] = file
+        return found
 
     def with_config(self, config: Mapping[str, Any]) -> dict[str, bytes | Path]:
         """The side files with another config.json."""
@@ -62,6 +71,25 @@ class Model:
         if config:
             files["config.json"] = json.dumps(config, indent=2).encode() + b"\n"
         return files
+
+
+def _travels(name: Path) -> bool:
+    """Whether a file of a model directory belongs beside weights that are made from its own."""
+    hidden = any(part.startswith(".") for part in name.parts)
+    weights = name.name.endswith(_WEIGHTS) or "residual_adapter" in name.parts
+    return not hidden and not weights and name.name not in _OURS
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config.json, and the configs of parts in it, saying another dtype of the weights."""
+    names = {code: name for name, code in DTYPE_NAMES.items()}
+    changed = dict(config)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and dtype:
+            changed[key] = names[dtype]
+        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            changed[key] = with_dtype(value, dtype)
+    return changed
 
 
 def open_model(path: Path, dtype: str | None = None) -> Model:

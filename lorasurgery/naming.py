@@ -39,7 +39,10 @@ class Names:
 
     def find(self, name: str) -> str | None:
         """The stored name of a live parameter, or None."""
-        return next((n for n in (self._rename(name), name) if n in self.stored), None)
+        # torch's MultiheadAttention holds q, k and v in one matrix without a module of its own
+        inner = re.sub(r"\.weight$", ".in_proj_weight", name)
+        tries = (self._rename(name), name, self._rename(inner), inner)
+        return next((n for n in tries if n in self.stored), None)
 
     def parts(self, name: str, rows: int, experts: int) -> list[Part]:
         """Where a live parameter is stored: one tensor, or a few for each expert; [] if nowhere.

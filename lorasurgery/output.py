@@ -5,23 +5,23 @@ Everything is written into OUT.partial, with a journal of finished edits; a rena
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasurgery.arrays import Array
+from lorasurgery.checkpoint import JOURNAL
 from lorasurgery.errors import OutputError
 from lorasurgery.formats._writer import Shard, Writer
+from lorasurgery.place import clear, lock, partial_of, put_in_place, writing
 
-JOURNAL = ".journal.jsonl"
 INDEX = "model.safetensors.index.json"
-_SLACK = 16 << 20  # side files, directory entries, the undo's header
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,42 +34,6 @@ class OutputOptions:
     max_shard: int = 5_000_000_000
 
 
-def check_place(path: Path, inputs: Iterable[Path], options: OutputOptions, nbytes: int) -> None:
-    """Raise OutputError unless `path` may become an output of nbytes beside these inputs."""
-    target = path.resolve()
-    for source in inputs:
-        home = source.resolve()
-        home = home if home.is_dir() else home.parent
-        if target == source.resolve() or target == home or target in home.parents:
-            raise OutputError(f"{path}: is or holds the input {source}. Name another output.")
-        if home in target.parents and source.is_dir():
-            raise OutputError(f"{path}: lies inside the input {source}. Name another output.")
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise OutputError(f"{path}: is there and is no directory. Name another output.")
-    finished = options.resume and (path / "surgery.json").exists()
-    if path.is_dir() and any(path.iterdir()) and not options.overwrite and not finished:
-        raise OutputError(f"{path}: exists and is not empty. Pass --overwrite, or name another.")
-    _check_room(path, partial_of(path), nbytes)
-
-
-def _check_room(path: Path, partial: Path, nbytes: int) -> None:
-    home = next(parent for parent in path.absolute().parents if parent.exists())
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise OutputError(f"{home}: cannot be written to. Name another output.")
-    there = sum(f.stat().st_blocks * 512 for f in partial.rglob("*")) if partial.exists() else 0
-    free = shutil.disk_usage(home).free + there
-    if nbytes + _SLACK > free:
-        raise OutputError(
-            f"{path}: needs {(nbytes + _SLACK) >> 20} MiB, but {home} has {free >> 20} MiB free. "
-            "Make room, or name another output."
-        )
-
-
-def partial_of(path: Path) -> Path:
-    """Where an output is put together."""
-    return path.with_name(path.name + ".partial")
-
-
 class Output:
     """OUT.partial while it grows; `commit` makes it OUT, `abandon` removes it."""
 
@@ -79,23 +43,31 @@ class Output:
         self.path, self.partial, self.options = path, partial_of(path), options
         self.done: dict[str, dict[str, Any]] = {}
         self._made = [p for p in path.absolute().parents if not p.exists()]
-        self._lock = threading.Lock()
-        resuming = self._take(plan_id)
+        self._lock, self._journal = threading.Lock(), -1
+        self._writers: list[Writer] = []
+        self._ours = False
         try:
-            self._writers = [Writer(self.partial, shard, resume=resuming) for shard in shards]
+            with writing(self.partial, "the output"):
+                resuming = self._take(plan_id, shards)
+            for shard in shards:
+                with writing(self.partial / shard.file, "the file"):
+                    self._writers.append(Writer(self.partial, shard, resume=resuming))
+            if not resuming:
+                self._append({"plan": plan_id, "boot": _boot_id()})
         except BaseException:
-            self._writers = []
             self.abandon()
             raise
         self._owner = {i.name: w for w in self._writers for i in w.shard.infos}
-        if not resuming:
-            self._append({"plan": plan_id, "boot": _boot_id()})
 
     def write(self, name: str, offset: int, data: Array) -> None:
-        self._owner[name].write(name, offset, data)
+        writer = self._owner[name]
+        with writing(writer.path, name):
+            writer.write(name, offset, data)
 
     def copy(self, name: str, source: Path, at: int) -> None:
-        self._owner[name].copy(name, source, at)
+        writer = self._owner[name]
+        with writing(writer.path, f"{name}, copied from {source},"):
+            writer.copy(name, source, at)
 
     def file_of(self, name: str) -> str:
         return self._owner[name].shard.file
@@ -107,78 +79,98 @@ class Output:
         self._append({"edit": edit, **entry})
 
     def commit(self, files: Mapping[str, bytes | Path]) -> None:
-        """Write the side files and the index, then make the directory what it is to be."""
-        for name, content in files.items():
-            target = self.partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, target)
-            else:
-                target.write_bytes(content)
+        """Write the index and the side files in their order, then make the directory what it is to be."""
         if len(self._writers) > 1:
-            (self.partial / INDEX).write_bytes(self._index())
-        self._close(durable=self.options.durable)
+            files = {INDEX: self._index(), **files}
+        for name, content in files.items():
+            with writing(self.partial / name, "the file"):
+                _put(self.partial / name, content)
+        with writing(self.path, "the output"):
+            self._close_files(durable=self.options.durable)
+            if self.options.durable:
+                _fsync_tree(self.partial)
+            old = put_in_place(self.partial, self.path, overwrite=self.options.overwrite)
+        self._ours = False
+        with suppress(OSError):  # the output is complete, whatever is left over
+            if old:
+                clear(old[0])
+            (self.path / JOURNAL).unlink()
+        if old:
+            os.close(old[1])
+        self._unlock()
         if self.options.durable:
-            _fsync_tree(self.partial)
-        self._swap()
-        (self.path / JOURNAL).unlink()
-        if self.options.durable:
-            _fsync(self.path.absolute().parent)
+            with writing(self.path, "its name"):
+                _fsync(self.path.absolute().parent)
 
     def abandon(self) -> None:
         """Leave nothing behind, or what --resume can go on with."""
-        self._close()
-        if self.options.resume and self.done:
-            return
-        shutil.rmtree(self.partial, ignore_errors=True)
-        for parent in self._made:  # nearest first
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
+        with suppress(OSError):
+            self._close_files()
+        if self._ours and not (self.options.resume and self.done):
+            with suppress(OSError):
+                clear(self.partial)
+            for parent in self._made:  # nearest first
+                with suppress(OSError):
+                    parent.rmdir()
+        self._unlock()
 
-    def _take(self, plan_id: str) -> bool:
+    def _take(self, plan_id: str, shards: Sequence[Shard]) -> bool:
         """Own OUT.partial: fresh, or the one of a killed run. True if that run goes on."""
-        there = self.partial.exists()
+        there = self.partial.exists() or self.partial.is_symlink()
+        if there and not _is_ours(self.partial):
+            raise OutputError(
+                f"{self.partial}: is there, but no run of this program made it. Move it away, or "
+                "name another output."
+            )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._ours = not there
+        held = lock(self.partial)
+        if held is None:
+            self._ours = False
+            raise OutputError(
+                f"{self.partial}: another run is writing it. Wait for it, or name another output."
+            )
+        self._journal = held
         if there and not (self.options.resume or self.options.overwrite):
             raise OutputError(
                 f"{self.partial}: left by an interrupted run. Pass --resume to go on with it, "
                 "or --overwrite to discard it."
             )
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._journal)
-            raise OutputError(
-                f"{self.partial}: another run is writing it. Wait for it, or name another output."
-            ) from None
-        if there and self.options.resume and self._reload(plan_id):
+        if there and self.options.resume and self._reload(plan_id, shards):
+            self._ours = True
             return True
-        for old in self.partial.iterdir():
-            if old.name != JOURNAL:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self._ours = True
+        clear(self.partial, keep=True)
         os.ftruncate(self._journal, 0)
         return False
 
-    def _reload(self, plan_id: str) -> bool:
-        lines = (self.partial / JOURNAL).read_bytes().split(b"\n")[:-1]  # the last may be cut
-        entries = [json.loads(line) for line in lines]
-        if not entries:
+    def _reload(self, plan_id: str, shards: Sequence[Shard]) -> bool:
+        """Take up the journal; False where there is nothing in it that can be gone on with."""
+        text = (self.partial / JOURNAL).read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a kill may have cut the last line
+        try:
+            first, *entries = (json.loads(line) for line in whole.splitlines())
+            done = {entry["edit"]: entry for entry in entries}
+            plan, boot = first["plan"], first["boot"]
+        except (ValueError, KeyError, TypeError):
             return False
-        if entries[0]["plan"] != plan_id:
+        if plan != plan_id:
             raise OutputError(
                 f"{self.partial}: was begun by another command or with other inputs. "
                 "Repeat that command, or pass --overwrite instead of --resume."
             )
-        if entries[0]["boot"] != _boot_id():  # what the page cache held may be lost
+        # after a restart, what the page cache held may be lost
+        if boot != _boot_id() or not all(intact(self.partial, shard) for shard in shards):
             return False
-        self.done = {entry["edit"]: entry for entry in entries[1:]}
+        os.ftruncate(self._journal, len(whole))
+        self.done = done
         return True
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
-            os.write(self._journal, line)
+            with writing(self.partial / JOURNAL, "the journal"):
+                os.write(self._journal, line)
             if "edit" in entry:
                 self.done[entry["edit"]] = dict(entry)
 
@@ -192,21 +184,40 @@ class Output:
         }
         return json.dumps(index, indent=2).encode() + b"\n"
 
-    def _swap(self) -> None:
-        old = self.path.with_name(self.path.name + ".replaced")
-        if self.path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.path, old)
-        os.rename(self.partial, self.path)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _close(self, *, durable: bool = False) -> None:
-        for writer in self._writers:
+    def _close_files(self, *, durable: bool = False) -> None:
+        writers, self._writers = self._writers, []
+        for writer in writers:
             writer.close(durable=durable)
-        self._writers = []
+
+    def _unlock(self) -> None:
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1
+
+
+def _put(target: Path, content: bytes | Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
+        shutil.copyfile(content, target)
+    else:
+        target.write_bytes(content)
+
+
+def _is_ours(folder: Path) -> bool:
+    """A directory with a journal, or one that a run was killed in before it had one."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / JOURNAL).is_file() or not any(folder.iterdir())
+
+
+def intact(folder: Path, shard: Shard) -> bool:
+    """Whether a file of an interrupted run is the one that this run would have laid out."""
+    try:
+        with (folder / shard.file).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return size == shard.size and file.read(len(shard.head)) == shard.head
+    except OSError:
+        return False
 
 
 def _boot_id() -> str:

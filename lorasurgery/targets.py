@@ -66,6 +66,22 @@ class LowRank:
     def rank(self) -> int:
         return int(self.a.shape[1])
 
+    @classmethod
+    def nothing(cls, info: TensorInfo) -> LowRank:
+        """Rank 0: W + B A is W."""
+        import numpy as np
+
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
+        return cls(np.zeros((1, 0, columns), np.float32), np.zeros((1, rows, 0), np.float32))
+
+    @classmethod
+    def vector(cls, values: Array) -> LowRank:
+        """A bias' change: its values times 1."""
+        import numpy as np
+
+        return cls(np.ones((1, 1, 1), np.float32), values.reshape(1, -1, 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -176,15 +192,6 @@ def _experts(site: Site) -> int:
     return shape[0] if len(shape) == 3 else 1
 
 
-def matrix(info: TensorInfo) -> tuple[int, int, int]:
-    """[n, rows, columns]: 3-D tensors of experts as they are, all others with n = 1."""
-    if len(info.shape) == 3:
-        n, rows, columns = info.shape
-        return n, rows, columns
-    rows = info.shape[0] if info.shape else 1
-    return 1, rows, info.numel // max(1, rows)
-
-
 def _orientation(model: Model, site: Site, part: Part) -> bool | None:
     """Whether W is stored turned, [in, out]; None if the factors fit neither way."""
     info = model.weights.info(part.tensor)
@@ -194,9 +201,11 @@ def _orientation(model: Model, site: Site, part: Part) -> bool | None:
     stack = site.layout == "experts" and part.expert is None
     if stack and (len(info.shape) != 3 or info.shape[0] != _experts(site)):
         return None
-    n, rows, columns = matrix(info) if stack else (1, *matrix(info)[1:])
-    if not stack and len(info.shape) == 3 and site.layout != "experts":  # a convolution
-        rows, columns = info.shape[0], info.numel // info.shape[0]
+    if stack:
+        _, rows, columns = info.shape
+    else:  # a convolution's weight is [out, in, ...]
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
     straight, turned = (out, in_) == (rows, columns), (in_, out) == (rows, columns)
     if straight and turned:
         return _turned_by_name(model.config, site)
@@ -206,7 +215,9 @@ def _orientation(model: Model, site: Site, part: Part) -> bool | None:
 
 
 def _may_turn(config: Mapping[str, Any], site: Site) -> bool:
-    return site.layout == "experts" or site.fan_in_fan_out or _is_conv1d(config, site)
+    if site.layout == "linear":
+        return site.fan_in_fan_out or _is_conv1d(config, site)
+    return site.layout == "experts"
 
 
 def _turned_by_name(config: Mapping[str, Any], site: Site) -> bool:

@@ -108,3 +108,39 @@ class Weights:
                 read = self.stored.read
                 self._scales[name] = _Scales(codec.scales(packed, read), codec.table(packed, read))
             return self._scales[name]
+
+
+class Single:
+    """A checkpoint of one tensor that is in memory: what an adapter brings along whole."""
+
+    def __init__(self, path: Path, info: TensorInfo, data: Array) -> None:
+        self.path, self._info, self._data = path, info, data
+        self.metadata: Mapping[str, str] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self._info.name,))
+
+    def __len__(self) -> int:
+        return 1
+
+    def __contains__(self, name: object) -> bool:
+        return name == self._info.name
+
+    def info(self, name: str) -> TensorInfo:
+        assert name in self, name
+        return self._info
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        assert name in self, name
+        return self._data[start:stop] if self._info.shape else self._data
+
+    def release(self, name: str) -> None:
+        """It is the caller's."""
+
+    def place(self, name: str) -> tuple[Path, int] | None:
+        assert name in self, name
+        return None
+
+    def storage(self, name: str) -> tuple[str, int]:
+        assert name in self, name
+        return self._info.dtype, self._info.nbytes

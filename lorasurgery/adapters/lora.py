@@ -1,4 +1,6 @@
-"""LoRA: ΔW = s · B A.   (Hu et al. 2021, arXiv 2106.09685, §4.1; rsLoRA's s: arXiv 2312.03732)
+"""LoRA: ΔW = s · B A.
+
+Hu et al. 2021, arXiv 2106.09685, §4.1; rsLoRA's s: Kalajdzievski 2023, arXiv 2312.03732.
 
 LoRA+, LoRA-FA and the initialisations differ in training alone: at rest their files are this.
 """
@@ -36,12 +38,11 @@ def init(w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]:
 
 def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:  # noqa: ARG001 - free of W
     """ΔW [out, in], or [experts, out, in] from stacked factors."""
-    return config.scaling * (factors["B"] @ factors["A"])
+    change: A = config.scaling * (factors["B"] @ factors["A"])
+    return change
 
 
-def forward(
-    x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig
-) -> Tensor:
+def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
     """X (W + ΔW)ᵀ without forming ΔW: x [..., in] -> [..., out]."""
     return x @ w.T + config.scaling * (x @ factors["A"].T) @ factors["B"].T
 

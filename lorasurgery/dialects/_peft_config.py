@@ -24,8 +24,8 @@ _READ = {
 # fields of training and bookkeeping: whatever they hold, the merged weights are the same
 _SILENT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
-    "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     "velora_config", "enable_lora", "merge_weights",
 }  # fmt: skip
 # fields that change what the factors mean; only a neutral value is understood
@@ -35,6 +35,7 @@ _REFUSED = {
     "alora_invocation_tokens": "it acts on some tokens alone, so no merged weight does the same",
     "arrow_config": "a router chooses among adapters for each token",
     "kasa_config": "its factors belong to a base that was truncated by SVD",
+    "megatron_config": "its layers are split over devices",
     "monteclora_config": "its factors are drawn from a distribution",
     "use_bdlora": "its factors are block-diagonal",
     "layer_replication": "its layers are copies that the base does not have",
@@ -113,6 +114,13 @@ def saved(config: Mapping[str, Any], module: str) -> bool:
     return any(_match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
 
+def kept_whole(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT saves this tensor for its module's sake: it matches ends of paths, dot or no dot."""
+    owners = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+    names = tuple(config.get("modules_to_save") or ())
+    return bool(names) and (saved(config, name) or any(owner.endswith(names) for owner in owners))
+
+
 def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
     """Which of a module's parameters target_parameters names, in the order of their registration."""
     found = []
@@ -141,7 +149,9 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     # the first numbered part is the layer; a later one may be an expert
-    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [
+        r".*?\.[^.]*\.(?P<idx>\d+)\."
+    ]
     found = next((m for form in forms if (m := _match(form, module))), None)
     return found is not None and int(found["idx"]) in (
         [layers] if isinstance(layers, int) else layers

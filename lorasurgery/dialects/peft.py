@@ -31,6 +31,8 @@ _FACTOR = re.compile(
     r"(?:\.default)?(?:\.(?P<kind>weight|bias))?"
 )
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+# the untouched base beside a saved module, which bias="all" sweeps up
+_ORIGINAL = ".original_module."
 # PEFT saves these by itself when they were resized or adapted
 _EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|lm_head)\.(weight|bias)")
 
@@ -72,7 +74,9 @@ def read(path: Path) -> Adapter:
     replaced = {}
     for key in whole:
         name = _WRAPPED.sub("", key.removeprefix(_PREFIX))
-        if _expected(config, key, name):
+        if _ORIGINAL in key and key.replace(_ORIGINAL, ".") in source:
+            continue
+        if _expected(config, name):
             replaced[name] = key
         else:
             problems.append(Problem(key, f"{key} {_facts(source, key)} is no part of a LoRA"))
@@ -106,7 +110,8 @@ def _sort(source: Checkpoint) -> tuple[dict[_Group, dict[str, str]], list[str]]:
             whole.append(key)
             continue
         depth = match["depth"].count("base_layer")
-        group = _Group(match["module"], depth, bool(match["embedding"]))
+        module = _WRAPPED.sub("", match["module"])
+        group = _Group(module, depth, bool(match["embedding"]))
         role = "bias" if match["kind"] == "bias" else match["letter"]
         groups[group][role] = key
     return groups, whole
@@ -140,7 +145,8 @@ def _site(
             f"{group.module}: A {list(a.shape)} and B {list(b.shape)} are no factors of rank "
             f"{site_config.rank}, which the config gives this module",
         )
-    layout = "embedding" if group.embedding else "experts" if stacked and experts > 1 else "linear"
+    layout = "experts" if experts > 1 else "parameter" if stacked else "linear"
+    layout = "embedding" if group.embedding else layout
     read = _reader(source, keys, layout, experts)
     infos = {
         letter: TensorInfo(keys[letter], "F32", shape)
@@ -205,11 +211,11 @@ def _loader(
     return load
 
 
-def _expected(config: Mapping[str, Any], key: str, name: str) -> bool:
+def _expected(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT writes this whole tensor for such a config."""
     if name.endswith(".bias") and config.get("bias", "none") != "none":
         return True
-    return _peft_config.saved(config, name) or bool(_EMBEDDINGS.fullmatch(name)) and key != name
+    return _peft_config.kept_whole(config, name) or bool(_EMBEDDINGS.fullmatch(name))
 
 
 def _facts(source: Checkpoint, key: str) -> str:

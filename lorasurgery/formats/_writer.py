@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasurgery.arrays import Array
-from lorasurgery.formats.safetensors import header_of, parse_header
+from lorasurgery.errors import FormatError
+from lorasurgery.formats._safetensors_header import header_of, parse_header
 from lorasurgery.tensors import BITS, TensorInfo
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -25,6 +26,11 @@ class Shard:
     file: str
     header: bytes
     infos: tuple[TensorInfo, ...]
+
+    @property
+    def head(self) -> bytes:
+        """The first bytes of the file."""
+        return len(self.header).to_bytes(8, "little") + self.header
 
     @property
     def size(self) -> int:
@@ -63,54 +69,83 @@ class Writer:
 
     def __init__(self, folder: Path, shard: Shard, *, resume: bool) -> None:
         self.path, self.shard = folder / shard.file, shard
-        flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_EXCL)
-        self._fd = os.open(self.path, flags, 0o644)
         start = 8 + len(shard.header)
         _, _, offsets = parse_header(self.path, shard.header, shard.size - start)
         self._begin = {name: start + begin for name, (begin, _) in offsets.items()}
         self._end = {name: start + end for name, (_, end) in offsets.items()}
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_EXCL)
+        self._fd = os.open(self.path, flags, 0o644)
         if not resume:
-            os.posix_fallocate(self._fd, 0, shard.size)  # a full disk shows here
-            os.pwrite(self._fd, len(shard.header).to_bytes(8, "little") + shard.header, 0)
+            try:
+                _reserve(self._fd, shard.size)
+                self._put(shard.head, 0)
+            except BaseException:
+                os.close(self._fd)
+                raise
 
     def write(self, name: str, offset: int, data: Array) -> None:
         """Put uint8 data at this byte offset of the tensor."""
-        view, at = memoryview(data), self._begin[name] + offset
-        while view:
-            n = os.pwrite(self._fd, view, at)
-            view, at = view[n:], at + n
+        self._put(data, self._begin[name] + offset)
 
     def copy(self, name: str, source: Path, at: int) -> None:
-        """Fill the tensor from another file, without the bytes passing through this process."""
+        """Fill the tensor from another file, without the bytes passing through this process.
+
+        Raises FormatError where the source ends before the tensor does.
+        """
         end, target = self._end[name], self._begin[name]
         with source.open("rb") as file:
             while target < end:
                 n = _copy_range(file.fileno(), self._fd, min(end - target, _COPY_CHUNK), at, target)
                 if n == 0:
-                    raise OSError(errno.EIO, f"ends before {name} does", str(source))
+                    raise FormatError(
+                        f"{source}: ends within {name}: it shrank while it was read. "
+                        "Restore the file."
+                    )
                 at, target = at + n, target + n
 
     def start_writeback(self, name: str) -> None:
         """Ask the system to begin writing this tensor to the disk; waits for nothing."""
         begin, length = self._begin[name], self._end[name] - self._begin[name]
-        if hasattr(_LIBC, "sync_file_range"):
+        if length and hasattr(_LIBC, "sync_file_range"):  # a length of 0 would mean: to the end
             _LIBC.sync_file_range(
                 self._fd, ctypes.c_int64(begin), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE
             )
 
-    def nbytes(self, name: str) -> int:
-        return self._end[name] - self._begin[name]
-
     def close(self, *, durable: bool = False) -> None:
-        if durable:
-            os.fsync(self._fd)
-        os.close(self._fd)
+        try:
+            if durable:
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+    def _put(self, data: Array | bytes, at: int) -> None:
+        view = memoryview(data)
+        while view:
+            n = os.pwrite(self._fd, view, at)
+            view, at = view[n:], at + n
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the room now: a full disk shows here, not after an hour."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:  # not every file system can
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)
+
+
+# what says: not between these two files, and not: the disk is bad or full
+_NO_RANGE_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def _copy_range(source: int, target: int, length: int, at: int, to: int) -> int:
+    """Copy some bytes, at most `length`; 0 where the source ends."""
     try:
-        return os.copy_file_range(source, target, length, at, to)
+        # some file systems answer 0 though there is more: then read shows what is true
+        if n := os.copy_file_range(source, target, length, at, to):
+            return n
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in _NO_RANGE_COPY:
             raise
     return os.pwrite(target, os.pread(source, min(length, 1 << 20), at), to)

@@ -1,27 +1,23 @@
 """safetensors: 8-byte header length, JSON header, then the tensors without gaps.
 
-https://github.com/huggingface/safetensors#format. Reading maps the file; the header is not trusted.
+https://github.com/huggingface/safetensors#format. Reading maps the file.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.errors import FormatError
+from lorasurgery.errors import FormatError, ShapeError
+from lorasurgery.formats._safetensors_header import header_of, named, parse_header, read_header
 from lorasurgery.tensors import BITS, TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
 SUFFIXES = (".safetensors",)
-MAX_HEADER = 100_000_000  # the limit of the format's own library
-MAX_NUMEL = 2**62
 
 
 class File:
@@ -29,10 +25,10 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header = read_header(path)
+        self.header, self._size = read_header(path)
         self._start = 8 + len(self.header)
         self.metadata, self._infos, self._offsets = parse_header(
-            path, self.header, path.stat().st_size - self._start
+            path, self.header, self._size - self._start
         )
         self._map: mmap.mmap | None = None
 
@@ -49,17 +45,24 @@ class File:
         return self._infos[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows start:stop as a view of the mapped file; sub-byte dtypes come as uint8 [nbytes]."""
+        """Rows start:stop as a view of the mapped file; sub-byte dtypes come as uint8 [nbytes].
+
+        Raises ShapeError where rows of a sub-byte dtype do not begin and end with a byte.
+        """
         import numpy as np
 
         from lorasurgery.arrays import NUMPY
 
         info, (begin, end) = self._infos[name], self._offsets[name]
-        data = np.frombuffer(self._mapped(), np.uint8)[self._start + begin : self._start + end]
+        shape = info.shape
+        if shape:
+            first, last, _ = slice(start, stop).indices(shape[0])
+            shape = (max(0, last - first), *shape[1:])
+            begin, end = _row_bytes(info, begin, first, first + shape[0])
+        data = np.frombuffer(self._mapped(name), np.uint8)[self._start + begin : self._start + end]
         if info.dtype not in NUMPY:
             return data
-        whole = _aligned(data, NUMPY[info.dtype]).reshape(info.shape)
-        return whole if not info.shape else whole[start:stop]
+        return _aligned(data, NUMPY[info.dtype]).reshape(shape)
 
     def release(self, name: str) -> None:
         """Give back the mapped pages of this tensor; a later read maps them again."""
@@ -76,15 +79,20 @@ class File:
         info = self._infos[name]
         return info.dtype, info.nbytes
 
-    def _mapped(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if self._map is None:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if size < len(self._map):  # touching what was cut off would kill the process
+    def _mapped(self, name: str) -> mmap.mmap:
+        if self._map is None:
+            with named(self.path), self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(mapped) != self._size:
+                raise FormatError(
+                    f"{self.path}: {name}: the file had {self._size} bytes when it was opened, and "
+                    f"has {len(mapped)} now. Leave it alone, and begin again."
+                )
+            self._map = mapped
+        if self._map.size() < self._size:  # touching what was cut off would kill the process
             raise FormatError(
-                f"{self.path}: shrank from {len(self._map)} to {size} bytes while it was read. "
-                "Restore the file."
+                f"{self.path}: {name}: the file shrank from {self._size} to {self._map.size()} bytes "
+                "while it was read. Restore the file."
             )
         return self._map
 
@@ -94,108 +102,22 @@ def open(path: Path) -> File:
     return File(path)
 
 
-def read_header(path: Path) -> bytes:
-    """The JSON header as it stands in the file, padding included."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 10 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise FormatError(
-                    f"{path}: the header claims {length} bytes of a file of {size}. "
-                    "The file is cut short, or no safetensors file."
-                )
-            return file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror}. Check the file.") from None
-
-
-def parse_header(
-    path: Path, header: bytes, data_size: int
-) -> tuple[Mapping[str, str], dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """Metadata, facts and byte ranges, all checked against each other and the data's size."""
-    try:
-        entries = json.loads(header, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: the header is no valid JSON ({error}). Restore the file.") from None
-    if not isinstance(entries, dict):
-        raise FormatError(f"{path}: the header is no JSON object. Restore the file.")
-    metadata = entries.pop("__metadata__", {})
-    infos: dict[str, TensorInfo] = {}
-    offsets: dict[str, tuple[int, int]] = {}
-    for name, entry in entries.items():
-        infos[name], offsets[name] = _entry(path, name, entry)
-    _check_cover(path, offsets, data_size)
-    return (metadata if isinstance(metadata, dict) else {}), infos, offsets
-
-
-def header_of(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The header for these tensors in this order, padded so that data starts at 8 bytes."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for info in infos:
-        begin, offset = offset, offset + info.nbytes
-        entries[info.name] = {
-            "dtype": info.dtype, "shape": list(info.shape), "data_offsets": [begin, offset],
-        }  # fmt: skip
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8)
+def _row_bytes(info: TensorInfo, begin: int, first: int, last: int) -> tuple[int, int]:
+    """The bytes of rows first:last of a tensor whose data begins at `begin`."""
+    bits = BITS[info.dtype] * (info.numel // max(1, info.shape[0]))
+    if first * bits % 8 or last * bits % 8:
+        raise ShapeError(
+            f"{info}: row {first} or {last} begins within a byte. Read the tensor whole."
+        )
+    return begin + first * bits // 8, begin + last * bits // 8
 
 
 def _aligned(data: Array, dtype: Any) -> Array:
     """The bytes as dtype; numpy and numba want addresses that are multiples of the item size."""
-    return (data if data.ctypes.data % dtype.alignment == 0 else data.copy()).view(dtype)
+    if data.ctypes.data % dtype.alignment:
+        data = data.copy()
+        data.flags.writeable = False
+    return data.view(dtype)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands in it twice")
-    return entries
-
-
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = [begin, end, *shape]
-    except (TypeError, KeyError, ValueError):
-        raise FormatError(
-            f"{path}: {name}: the header entry lacks dtype, shape or data_offsets. Restore the file."
-        ) from None
-    if dtype not in BITS:
-        raise FormatError(
-            f"{path}: {name}: unknown dtype {dtype!r}. Known: {', '.join(BITS)}."
-        )
-    if any(type(n) is not int or n < 0 for n in whole) or math.prod(shape) > MAX_NUMEL:
-        raise FormatError(
-            f"{path}: {name}: shape {shape} with offsets {[begin, end]} is impossible. "
-            "Restore the file."
-        )
-    info = TensorInfo(name, dtype, tuple(shape))
-    if end - begin != info.nbytes:
-        raise FormatError(
-            f"{path}: {name}: {dtype} {shape} takes {info.nbytes} bytes, but the header gives it "
-            f"{end - begin}. Restore the file."
-        )
-    return info, (begin, end)
-
-
-def _check_cover(path: Path, offsets: Mapping[str, tuple[int, int]], size: int) -> None:
-    """The tensors must lie side by side and fill the file."""
-    reached, last = 0, "the header"
-    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
-        if begin != reached:
-            how = "overlaps" if begin < reached else "leaves a gap after"
-            raise FormatError(
-                f"{path}: {name} starts at byte {begin} and {how} {last}, which ends at {reached}. "
-                "Restore the file."
-            )
-        reached, last = end, name
-    if reached != size:
-        how = "is cut short" if reached > size else "has bytes that no tensor owns"
-        raise FormatError(
-            f"{path}: the tensors take {reached} bytes, but the file holds {size}: it {how}. "
-            "Restore the file."
-        )
+__all__ = ["SUFFIXES", "File", "header_of", "open", "parse_header"]

@@ -29,6 +29,11 @@ def fold(
     return [Fold(_folded([name(m) for m in group]), tuple(group)) for group in groups.values()]
 
 
+def natural(name: str) -> list[str | int]:
+    """A sorting key by which layer 2 comes before layer 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
 def _folded(names: list[str]) -> str:
     """One name with the numbers of all of them: {0..29}, {0,2,4..6}."""
     columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)

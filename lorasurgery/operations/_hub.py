@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorasurgery.checkpoint import Checkpoint, Union
 from lorasurgery.errors import FormatError
-from lorasurgery.formats.safetensors import MAX_HEADER, parse_header
+from lorasurgery.formats._safetensors_header import MAX_HEADER, parse_header
 from lorasurgery.operations._source import DOCUMENTS, Source
 from lorasurgery.tensors import TensorInfo
 
@@ -52,10 +52,9 @@ class Repository:
 
         self.text = text
         self._files: HfFileSystem = HfFileSystem()
-        entries = self._files.ls(text, detail=True)
-        self.sizes = {
-            e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"
-        }
+        entries = cast(list[dict[str, Any]], self._files.ls(text, detail=True))
+        files = [entry for entry in entries if entry["type"] == "file"]
+        self.sizes: dict[str, int] = {f["name"].rpartition("/")[2]: f["size"] for f in files}
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start:stop of a file, in one request."""

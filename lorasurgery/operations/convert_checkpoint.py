@@ -11,7 +11,8 @@ import numpy as np
 from lorasurgery import plugins
 from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.checkpoint import Checkpoint
-from lorasurgery.model import Model, open_model
+from lorasurgery.errors import ValueRangeError
+from lorasurgery.model import Model, open_model, with_dtype
 from lorasurgery.surgery import (
     Edit,
     Metrics,
@@ -24,7 +25,7 @@ from lorasurgery.surgery import (
     rehearse,
     run,
 )
-from lorasurgery.tensors import DTYPE_NAMES, FLOATS, TensorInfo
+from lorasurgery.tensors import BITS, DTYPE_NAMES, FLOATS, TensorInfo
 
 
 def convert_checkpoint(
@@ -32,13 +33,19 @@ def convert_checkpoint(
 ) -> Report:
     """Write `source` as a Hugging Face directory.
 
-    dtype: a key of BITS, or None for each tensor's own, except that decoded GGUF weights
+    dtype: a float dtype of BITS, or None for each tensor's own, except that decoded GGUF weights
     become bfloat16 (their own is float32, eight times the file).
     """
     model = open_model(source)
-    decoded = any(model.stored.storage(n)[0] not in NUMPY for n in model.stored)
+    decoded = any(model.stored.storage(n)[0] not in BITS for n in model.stored)
     kind = dtype or ("BF16" if decoded else None)
-    edits = tuple(cast_edit(model.stored, n, kind) for n in model.stored)
+    kept = packed_parts(model)
+    edits = tuple(
+        copy_edit(model.stored, n) if n in kept else cast_edit(model.stored, n, kind)
+        for n in model.stored
+    )
+    unlike = sum(model.stored.info(n).dtype != kind for n in kept)
+    note = f"{unlike} tensors of quantized weights are copied as they are, not cast to {kind}"
     plan = Plan(
         "convert-checkpoint",
         {"source": source},
@@ -46,29 +53,69 @@ def convert_checkpoint(
         edits,
         _files(model, kind),
         cast_total,
+        notes=(note,) if kind and unlike else (),
     )
     return run(plan, output, how) if output else rehearse(plan, how)
+
+
+# what quantized weights are packed in; integers of 16 bits and more are that in GPTQ and AWQ alone
+_CODES = tuple(code for code, bits in BITS.items() if bits <= 8 and code != "BOOL")
+_WORDS = ("I16", "U16", "I32", "U32", "I64", "U64")
+
+
+def packed_parts(model: Model) -> set[str]:
+    """Every stored tensor that belongs to a packed weight: codes, scales, and unknown companions.
+
+    To cast a scale to fewer bits would change all weights of its block.
+    """
+    known = {part.name for p in model.weights.packed.values() for part in p.parts.values()}
+    codes = (*_CODES, *_WORDS) if "quantization_config" in model.config else _CODES
+    rest = [n for n in model.stored if n not in known]
+    modules = {_module(n) for n in rest if model.stored.info(n).dtype in codes}
+    return known | {n for n in rest if _module(n) in modules}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
 
 
 def cast_edit(source: Checkpoint, name: str, dtype: str | None) -> Edit:
     """A float tensor in another dtype, with the error of the rounding; anything else is copied."""
     info = source.info(name)
-    if info.dtype not in FLOATS or dtype in (None, info.dtype):
+    if info.dtype not in (*FLOATS, "F64") or dtype in (None, info.dtype):
         return copy_edit(source, name)
     assert dtype is not None
     target = TensorInfo(name, dtype, info.shape)
+    wide = np.float64 if "F64" in (dtype, info.dtype) else np.float32
 
     def apply(step: Step) -> Metrics:
         error2 = norm2 = 0.0
         for _, tile in step.tiles(source, name):
-            cast = tile.astype(NUMPY[dtype])
+            cast = _cast(name, tile, dtype)
             step.append(name, cast)
-            was = tile.astype(np.float32, copy=False)
-            error2 += square(cast.astype(np.float32) - was)
-            norm2 += square(was)
+            was = tile.astype(wide, copy=False)
+            e, n = square(cast.astype(wide) - was), square(was)
+            if not math.isfinite(n):  # nan and inf stay what they are, and have no error
+                finite = was[np.isfinite(was)].astype(np.float64)
+                e, n = square(cast[np.isfinite(was)].astype(np.float64) - finite), square(finite)
+            error2, norm2 = error2 + e, norm2 + n
         return {"error2": error2, "norm2": norm2, "relative_error": ratio(error2, norm2)}
 
     return Edit(name, (target,), apply)
+
+
+def _cast(name: str, tile: Array, dtype: str) -> Array:
+    """A tile in another dtype; raises ValueRangeError where a finite weight would become infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = tile.astype(NUMPY[dtype])
+    if not np.isfinite(cast).all():
+        lost = np.isinf(cast) & np.isfinite(tile)
+        if lost.any():
+            largest = float(np.abs(tile[lost].astype(np.float64)).max())
+            raise ValueRangeError(
+                f"{name}: {largest:.6g} does not fit into {dtype}. Choose another --dtype."
+            )
+    return cast
 
 
 def cast_total(results: tuple[Result, ...]) -> Mapping[str, float]:
@@ -92,10 +139,7 @@ def ratio(error2: float, norm2: float) -> float:
 def _files(model: Model, dtype: str | None) -> dict[str, bytes | Path]:
     """The side files: the directory's own, or rebuilt from what a GGUF header says."""
     names = {code: name for name, code in DTYPE_NAMES.items()}
-    config = dict(model.config)
-    if dtype:
-        config |= {key: names[dtype] for key in ("dtype", "torch_dtype") if key in config}
-    files = model.with_config(config)
+    files = model.with_config(with_dtype(model.config, dtype))
     if model.stored.path.suffix != ".gguf":
         return files
     gguf = plugins.load("formats", "gguf")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasurgery.errors import FormatError
-from lorasurgery.model import open_model
-from lorasurgery.operations.convert_checkpoint import cast_edit
+from lorasurgery.model import open_model, with_dtype
+from lorasurgery.operations.convert_checkpoint import cast_edit, packed_parts
 from lorasurgery.surgery import Edit, Metrics, Plan, Report, RunOptions, Step, rehearse, run
-from lorasurgery.tensors import DTYPE_NAMES
 from lorasurgery.weights import Weights
 
 
@@ -17,6 +16,12 @@ def dequantize(source: Path, output: Path | None, dtype: str | None, how: RunOpt
     model = open_model(source, dtype)
     if not model.weights.packed:
         raise FormatError(f"{source}: no quantized weight in it. Nothing is to be done.")
+    left = packed_parts(model) & set(model.weights) - set(model.weights.packed)
+    if left:
+        raise FormatError(
+            f"{source}: {min(left)} belongs to a weight in a quantization that is not read. "
+            "Dequantize it with the program that made it."
+        )
     edits = tuple(
         decode_edit(model.weights, name)
         if name in model.weights.packed
@@ -24,9 +29,7 @@ def dequantize(source: Path, output: Path | None, dtype: str | None, how: RunOpt
         for name in model.weights
     )
     config = {k: v for k, v in model.config.items() if k != "quantization_config"}
-    names = {code: name for name, code in DTYPE_NAMES.items()}
-    if dtype:
-        config |= {key: names[dtype] for key in ("dtype", "torch_dtype") if key in config}
+    config = with_dtype(config, dtype)
     plan = Plan(
         "dequantize", {"source": source}, {"dtype": dtype}, edits, model.with_config(config),
         lambda results: {"tensors": sum("decoded" in r.metrics for r in results)},
@@ -38,7 +41,7 @@ def decode_edit(weights: Weights, name: str) -> Edit:
     """One packed weight as it decodes."""
 
     def apply(step: Step) -> Metrics:
-        for _, tile in step.tiles(weights, name, 2 * 4096):
+        for _, tile in step.tiles(weights, name):
             step.append(name, tile)
         return {"decoded": weights.info(name).numel}
 

@@ -10,7 +10,7 @@ from typing import Any
 from lorasurgery.errors import FormatError
 from lorasurgery.model import HUB_ID
 from lorasurgery.operations._adapter_facts import adapter_facts
-from lorasurgery.operations._folding import fold
+from lorasurgery.operations._folding import fold, natural
 from lorasurgery.operations._source import Source, open_source
 from lorasurgery.tensors import BITS
 from lorasurgery.weights import Weights
@@ -53,7 +53,7 @@ def inspect(text: str) -> Inspection:
     """A directory, a file, or a hub id, of which only headers are fetched."""
     source = _open(text)
     weights = Weights(source.stored)
-    tensors = [_row(weights, name) for name in weights]
+    tensors = [_row(weights, name) for name in sorted(weights, key=natural)]
     return Inspection(
         path=source.label,
         format=source.format,

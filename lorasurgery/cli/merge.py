@@ -1,0 +1,92 @@
+"""lorasurgery merge: adapters into a base, 16-bit or NF4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lorasurgery.cli._options import AllowUnmatched, Base, Dtype, Printing, Writing
+from lorasurgery.cli._report import carry_out
+from lorasurgery.errors import UsageError
+
+Tied = Literal["auto", "shared", "untie", "refuse"]
+Policy = Literal["rtn", "keep-absmax", "stochastic", "from-original", "residual"]
+
+
+def command(
+    base: Base,
+    adapter: Annotated[
+        list[str],
+        typer.Argument(help="Adapters: directories or hub ids; PATH:0.5 weighs one by a half."),
+    ],
+    base_view: Annotated[
+        Literal["dequantized", "original"],
+        typer.Option("--base-view", help="Of an NF4 base: its own weights, or --original's."),
+    ] = "dequantized",
+    original: Annotated[
+        str | None, typer.Option("--original", metavar="DIR", help="What the NF4 base was made of.")
+    ] = None,
+    requantize: Annotated[
+        Policy | None, typer.Option("--requantize", help="Write NF4 again, by this policy.")
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Of the residual adapter.")] = 16,
+    rounding: Annotated[
+        Literal["nearest", "stochastic"], typer.Option("--rounding", help="Of 16-bit outputs.")
+    ] = "nearest",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of what is left to chance.")] = None,
+    min_retained: Annotated[
+        float | None,
+        typer.Option(
+            "--min-retained", show_default="0.9 with --requantize",
+            help="Stop with exit code 3 where less of the change is kept.",
+        ),
+    ] = None,
+    tied: Annotated[
+        Tied, typer.Option("--tied", help="A head tied to the embedding: what becomes of the pair.")
+    ] = "auto",
+    undo: Annotated[
+        Path | None,
+        typer.Option("--undo", metavar="FILE", help="Write what brings the base back exactly."),
+    ] = None,
+    dtype: Dtype = "auto",
+    allow_unmatched: AllowUnmatched = None,
+    *,
+    writing: Writing,
+    printing: Printing,
+) -> None:
+    """Add adapters to a base's weights, and say how much of their change was kept.
+
+    Example:
+
+        lorasurgery merge org/model my-lora -o merged --undo merged.undo
+    """
+    from lorasurgery.model import resolve
+    from lorasurgery.operations._merge_edits import Rounding
+    from lorasurgery.operations._merge_options import MergeOptions
+    from lorasurgery.operations.merge import advice, check, merge
+    from lorasurgery.tensors import DTYPE_NAMES
+
+    if rounding == "stochastic" and seed is None:
+        raise UsageError("--rounding stochastic: needs --seed N, so that it can be repeated.")
+    by_chance = rounding == "stochastic" or requantize == "stochastic"
+    options = MergeOptions(
+        dtype=DTYPE_NAMES.get(dtype),
+        tied=tied,
+        allowed=tuple(allow_unmatched or ()),
+        view=base_view,
+        original=resolve(original) if original else None,
+        policy=requantize,
+        rank=rank,
+        rounding=Rounding(seed if by_chance else None),
+        min_retained=min_retained,
+        undo=undo,
+    )
+    source = resolve(base)
+    report = carry_out(
+        lambda output, how: merge(source, adapter, output, options, how), writing, printing
+    )
+    if warning := advice(report, options):
+        typer.echo(f"warning: {warning}", err=True)
+    check(report, options)  # a run has passed it, a rehearsal has not

@@ -1,0 +1,177 @@
+"""What brings a base back byte for byte from its merge: differences to what subtraction predicts.
+
+The merged weight less the adapter's change is the base to within a rounding, and the kernel that
+predicts gives the same bits everywhere: base - prediction is mostly zeros. Kept whole is what cannot be
+predicted: replaced tensors, the scales of quantized weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import blake3
+import numpy as np
+import zstandard
+
+from lorasurgery.arrays import Array, as_bytes
+from lorasurgery.codec import Packed, Rule
+from lorasurgery.kernels import lora_merge
+from lorasurgery.model import Model
+from lorasurgery.weights import codec_of
+
+if TYPE_CHECKING:
+    from lorasurgery.edit import Step
+
+# (first row, last row + 1, merged [rows, columns], a, b) of a tensor
+Keep: TypeAlias = Callable[[int, int, Array, Array, Array], None]
+
+SCRATCH = ".undo"
+DIGEST_BYTES = 32
+_LEVEL = 3
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+def predict(merged: Array, a: Array, b: Array, dtype: Any) -> Array:
+    """What the base was before B A was added: round(merged - B A), rows of a plain weight."""
+    before: Array = lora_merge.run(merged, a, -b, dtype)[0]
+    return before
+
+
+def predict_codes(merged: Array, a: Array, b: Array, packed: Packed, absmax: Array) -> Array:
+    """The same for a quantized base whose scales are known: codes uint8 of merged - B A."""
+    before, *_ = lora_merge.run(merged, a, -b, np.float32)
+    codes, _ = codec_of(packed.codec).encode(before.reshape(-1), packed, Rule(absmax=absmax))
+    return codes
+
+
+def difference(base: Array, predicted: Array) -> Array:
+    """base - predicted as unsigned integers that wrap; their low bytes first, then the next: uint8."""
+    kind = _UNSIGNED[base.dtype.itemsize]
+    wrapped = base.reshape(-1).view(kind) - predicted.reshape(-1).view(kind)
+    return np.ascontiguousarray(wrapped.view(np.uint8).reshape(-1, base.dtype.itemsize).T)
+
+
+def restore(predicted: Array, planes: Array) -> Array:
+    """The inverse: predicted + difference, in predicted's shape and dtype."""
+    size = predicted.dtype.itemsize
+    kind = _UNSIGNED[size]
+    wrapped = np.ascontiguousarray(planes.reshape(size, -1).T).reshape(-1).view(kind)
+    total: Array = predicted.reshape(-1).view(kind) + wrapped
+    return total.view(predicted.dtype).reshape(predicted.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Of a base weight, what the undo file needs; it is stored quantized if `model` says so."""
+
+    model: Model
+    name: str
+    whole: bool = False  # nothing in the merged model predicts it
+    scales: bool = True  # a quantized weight's scales are lost too
+
+    @property
+    def packed(self) -> Packed | None:
+        return self.model.weights.packed.get(self.name)
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Stored tensors that are predicted."""
+        if self.whole:
+            return ()
+        return (self.packed.codes if self.packed else self.name,)
+
+    @property
+    def wholes(self) -> tuple[str, ...]:
+        """Stored tensors that are kept as they are."""
+        if self.packed is None:
+            return (self.name,) if self.whole else ()
+        names = [p.name for p in self.packed.parts.values() if p.name != self.packed.codes]
+        return (*([self.packed.codes] if self.whole else []), *(names if self.scales else []))
+
+
+@contextmanager
+def keeping(step: Step, kept: Kept | None) -> Iterator[Keep]:
+    """Gives a function to be called with each merged tile; it does nothing in a rehearsal."""
+    if kept is None or step.scratch is None:
+        yield lambda *_: None
+        return
+    folder = step.scratch / SCRATCH
+    folder.mkdir(exist_ok=True)
+    for name in kept.wholes:
+        with recording(folder, name) as recorder:
+            recorder.add(kept.model.stored.read(name), None)
+    if not kept.differences:
+        yield lambda *_: None
+        return
+    with recording(folder, kept.differences[0]) as recorder:
+        yield _keep_codes(kept, recorder) if kept.packed else _keep_rows(kept, recorder)
+
+
+def _keep_rows(kept: Kept, recorder: Recorder) -> Keep:
+    def keep(start: int, stop: int, merged: Array, a: Array, b: Array) -> None:
+        base = kept.model.stored.read(kept.name, start, stop).reshape(merged.shape)
+        recorder.add(base, predict(merged, a, b, base.dtype))
+
+    return keep
+
+
+def _keep_codes(kept: Kept, recorder: Recorder) -> Keep:
+    def keep(start: int, stop: int, merged: Array, a: Array, b: Array) -> None:
+        codes, absmax = packed_rows(kept.model, kept.name, start, stop)
+        packed = kept.model.weights.packed[kept.name]
+        recorder.add(codes, predict_codes(merged, a, b, packed, absmax))
+
+    return keep
+
+
+def packed_rows(model: Model, name: str, start: int, stop: int) -> tuple[Array, Array]:
+    """Codes uint8 and scales of rows start:stop, which must begin at a block."""
+    packed = model.weights.packed[name]
+    row = packed.info.numel // packed.info.shape[0]
+    begin, end = start * row, min(stop, packed.info.shape[0]) * row
+    block = codec_of(packed.codec).multiple(packed)
+    codes = model.stored.read(packed.codes).reshape(-1).view(np.uint8)
+    absmax = model.weights.scales(name)
+    return codes[begin // 2 : -(-end // 2)], absmax[begin // block : -(-end // block)]
+
+
+class Recorder:
+    """The compressed record of one stored tensor, growing tile by tile."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self._stream = compressor.stream_writer(self._file, closefd=False)
+        self._digest = blake3.blake3()
+
+    def add(self, base: Array, predicted: Array | None) -> None:
+        """The base's next bytes, as the difference to what will be predicted for them."""
+        raw = as_bytes(base)
+        self._digest.update(raw)
+        planes = raw if predicted is None else difference(base, predicted)
+        self._stream.write(planes.tobytes())
+
+    def close(self) -> None:
+        """The digest of the base's bytes ends the file."""
+        self._stream.close()  # type: ignore[no-untyped-call]
+        self._file.write(self._digest.digest())
+        self._file.close()
+
+
+@contextmanager
+def recording(folder: Path, name: str) -> Iterator[Recorder]:
+    """The recorder of one stored tensor."""
+    recorder = Recorder(folder / file_name(name))
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def file_name(name: str) -> str:
+    """Where a tensor's record lies until all are put together."""
+    return f"{blake3.blake3(name.encode()).hexdigest()[:24]}.zst"
