@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from lorasurgery.arrays import from_torch, to_torch
+from lorasurgery.arrays import Array, from_torch, to_torch
 
-Data: TypeAlias = Any  # an Array, or a Tensor: results are of the kind that came in
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Data = TypeVar("Data", Array, "Tensor")  # results are of the kind that came in
 Dtype: TypeAlias = Any  # a numpy dtype for arrays, torch's for tensors
 
 FLOATS = {np.dtype(k).name: np.dtype(k) for k in (ml_dtypes.bfloat16, np.float16, np.float32)}
 
 
-def is_tensor(data: Data) -> bool:
+def is_tensor(data: Any) -> bool:
     """Whether it is torch's; asked without importing torch."""
     return not isinstance(data, np.ndarray) and hasattr(data, "is_cuda")
 
@@ -43,4 +46,6 @@ def _array(arg: Any) -> Any:
 
 
 def _tensor(result: Any) -> Any:
-    return to_torch(np.asarray(result)) if isinstance(result, np.ndarray | np.generic) else result
+    if isinstance(result, np.ndarray):
+        return to_torch(result)
+    return to_torch(result.reshape(1)).reshape(()) if isinstance(result, np.generic) else result

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 def run(a: Data, b: Data) -> Data:
     """a float32 [r, cols], b float32 [rows, r] -> float32 [rows, cols]; raises ShapeError."""
     check(a, b, "lora_delta")
-    return dispatch(cpu, reference, a, b)
+    result: Data = dispatch(cpu, reference, a, b)
+    return result
 
 
-def check(a: Data, b: Data, kernel: str) -> None:
+def check(a: Any, b: Any, kernel: str) -> None:
     """Raises ShapeError unless the factors are float32 and of one rank."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise ShapeError(

@@ -1,0 +1,179 @@
+"""NF4 in numba: codes of a tensor, the weights they stand for, and how far those are off.
+
+A span of whole blocks is held in the first-level cache while it passes through a few simple loops,
+each of which LLVM turns into vector code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lorasurgery.kernels._chance_cpu import uniform
+from lorasurgery.kernels._floats import load, nearest
+from lorasurgery.kernels._numba import inner, jit
+
+SPAN = 4096  # weights; a multiple of every block size
+FLUSH = 32  # spans that are summed in float32 before float64 takes over
+TINY = np.float32(1e-38)  # a scale that is smaller counts as this
+
+f4, u4, u8, i1 = np.float32, np.uint32, np.uint64, np.uint8
+
+
+@jit
+def quantize(flat: Any, block: Any, table: Any, keep: Any, absmax: Any, codes: Any) -> Any:
+    """Fill codes, and absmax unless `keep`, to the nearest entry of the table."""
+    n = len(flat)
+    x, nibbles = np.empty(SPAN, f4), np.empty(SPAN, i1)
+    middle = (table[1:] + table[:-1]) * f4(0.5)
+    for start in range(0, n, SPAN):
+        size = min(SPAN, n - start)
+        scales = absmax[start // block : (start + size + block - 1) // block]
+        _normalize(flat[start : start + size], block, keep, scales, x)
+        _count(x, middle, nibbles)
+        # the spare half of a last byte is the code of 0, as bitsandbytes pads
+        if size % 2:
+            nibbles[size] = 7
+        _pack(nibbles, codes[start // 2 : (start + size + 1) // 2])
+
+
+@jit
+def quantize_by_chance(
+    flat: Any, block: Any, table: Any, keep: Any, absmax: Any, codes: Any, chance: Any
+) -> Any:
+    """The same to one of the two neighbouring entries; `chance`: two keys and the first index."""
+    n = len(flat)
+    x, nibbles = np.empty(SPAN, f4), np.empty(SPAN, i1)
+    for start in range(0, n, SPAN):
+        size = min(SPAN, n - start)
+        scales = absmax[start // block : (start + size + block - 1) // block]
+        _normalize(flat[start : start + size], block, keep, scales, x)
+        _count(x, table[1:], nibbles)
+        _raise_by_chance(x[:size], table, chance, start, nibbles)
+        if size % 2:
+            nibbles[size] = 7
+        _pack(nibbles, codes[start // 2 : (start + size + 1) // 2])
+
+
+@jit
+def dequantize(codes: Any, absmax: Any, block: Any, pairs: Any, out: Any) -> Any:
+    """out[i] = round(table[code i] · absmax[i // block])."""
+    n = len(out)
+    values = np.empty(SPAN // 2, u8)
+    x = values.view(f4)
+    for start in range(0, n, SPAN):
+        size = min(SPAN, n - start)
+        _look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
+        for at in range(0, size, block):
+            scale = absmax[(start + at) // block]
+            source, target = x[at:], out[start + at : start + min(at + block, size)]
+            for j in range(len(target)):
+                target[j] = nearest(target[j], source[j] * scale)
+
+
+@jit
+def error(flat: Any, codes: Any, absmax: Any, block: Any, pairs: Any) -> Any:
+    """Σ (decoded - w)², Σ w², and the largest |decoded - w|."""
+    n = len(flat)
+    values, sums = np.empty(SPAN // 2, u8), np.zeros((3, SPAN), f4)
+    x = values.view(f4)
+    error2 = norm2 = 0.0
+    for start in range(0, n, SPAN):
+        size = min(SPAN, n - start)
+        _look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
+        _compare(flat[start : start + size], x, absmax[start // block :], block, sums)
+        if start // SPAN % FLUSH == FLUSH - 1 or start + SPAN >= n:
+            for j in range(SPAN):
+                error2 += sums[0, j]
+                norm2 += sums[1, j]
+            sums[:2] = 0
+    return error2, norm2, sums[2].max()
+
+
+@inner
+def _normalize(flat: Any, block: Any, keep: Any, absmax: Any, x: Any) -> Any:
+    """w / absmax: by the reciprocal in whole blocks, a division in a short last one.
+
+    That is what bitsandbytes does, and the two differ in rare bits; so is the scale of a short block of zeros.
+    """
+    n = len(flat)
+    for i in range(len(absmax)):
+        at = i * block
+        size = min(block, n - at)
+        source, target = flat[at : at + size], x[at : at + size]
+        if not keep:
+            largest = u4(0)
+            # as integers, nan is larger than inf, which is larger than any number
+            for j in range(size):
+                bits = u4(f4(load(source[j])).view(u4) & u4(0x7FFFFFFF))
+                largest = max(largest, bits)
+            absmax[i] = u4(largest).view(f4)
+            if size < block and absmax[i] < TINY:
+                absmax[i] = TINY
+        scale = absmax[i]
+        if abs(scale) < TINY:
+            scale = TINY
+        if size == block:
+            inverse = f4(1) / scale
+            for j in range(size):
+                target[j] = load(source[j]) * inverse
+        else:
+            for j in range(size):
+                target[j] = load(source[j]) / scale
+
+
+@inner
+def _count(x: Any, bounds: Any, nibbles: Any) -> Any:
+    """How many bounds lie below each x; 15 comparisons cost less than a search."""
+    b0, b1, b2, b3, b4 = bounds[0], bounds[1], bounds[2], bounds[3], bounds[4]
+    b5, b6, b7, b8, b9 = bounds[5], bounds[6], bounds[7], bounds[8], bounds[9]
+    b10, b11, b12, b13, b14 = bounds[10], bounds[11], bounds[12], bounds[13], bounds[14]
+    for j in range(SPAN):
+        v = x[j]
+        c = u4(v > b0) + u4(v > b1) + u4(v > b2) + u4(v > b3) + u4(v > b4)
+        c += u4(v > b5) + u4(v > b6) + u4(v > b7) + u4(v > b8) + u4(v > b9)
+        c += u4(v > b10) + u4(v > b11) + u4(v > b12) + u4(v > b13) + u4(v > b14)
+        nibbles[j] = i1(c)
+
+
+@inner
+def _raise_by_chance(x: Any, table: Any, chance: Any, start: Any, nibbles: Any) -> Any:
+    """From the entry below x to the one above it, with odds of the distance from below."""
+    gaps = np.zeros(16, f4)
+    gaps[:15] = table[1:] - table[:-1]
+    first = chance[2] + u8(start)
+    for j in range(len(x)):
+        low = nibbles[j]
+        u = f4(u4(uniform(chance, first + u8(j)) >> u4(8))) * f4(2.0**-24)
+        above = min(max(x[j], f4(-1)), f4(1)) - table[low]
+        nibbles[j] = low + i1(u * gaps[low] < above)
+
+
+@inner
+def _pack(nibbles: Any, codes: Any) -> Any:
+    """The earlier weight of two in the high half."""
+    for j in range(len(codes)):
+        codes[j] = i1(i1(nibbles[2 * j] << 4) | nibbles[2 * j + 1])
+
+
+@inner
+def _look_up(codes: Any, pairs: Any, values: Any) -> Any:
+    """Two weights at a time, as one 64-bit word."""
+    for j in range(len(codes)):
+        values[j] = pairs[codes[j]]
+
+
+@inner
+def _compare(flat: Any, x: Any, absmax: Any, block: Any, sums: Any) -> Any:
+    """Column by column, so that the order of each sum is fixed and vectors still serve."""
+    n = len(flat)
+    for at in range(0, n, block):
+        source, decoded, scale = flat[at : min(at + block, n)], x[at:], absmax[at // block]
+        error2, norm2, largest = sums[0, at:], sums[1, at:], sums[2, at:]
+        for j in range(len(source)):
+            w = load(source[j])
+            e = abs(decoded[j] * scale - w)
+            error2[j] += e * e
+            norm2[j] += w * w
+            largest[j] = max(largest[j], e)

@@ -1,0 +1,87 @@
+"""NF4 on the GPU: the operations of `_nf4_cpu` in the same order, so that the bytes are the same.
+
+bfloat16 is rounded by integer arithmetic and divisions are asked to be exact: neither is Triton's
+default, in the compiler or in the interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def mix(x):  # type: ignore[no-untyped-def]
+    """`_chance.mix`, on uint32."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _code(x, table, k1, k2, index, CHANCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest entry's index, or by chance one of the two neighbours'."""
+    code = tl.zeros_like(x).to(tl.int32)
+    for k in tl.static_range(15):
+        upper = tl.load(table + k + 1)
+        bound = upper if CHANCE else (tl.load(table + k) + upper) * 0.5
+        code += (x > bound).to(tl.int32)
+    if CHANCE:
+        low, high = (index & 0xFFFFFFFF).to(tl.uint32), (index >> 32).to(tl.uint32)
+        h = mix(mix(low ^ k1.to(tl.uint32)) + (high ^ k2.to(tl.uint32)))
+        u = (h >> 8).to(tl.float32) * (2.0**-24)
+        below = tl.load(table + code)
+        gap = tl.load(table + tl.minimum(code + 1, 15)) - below
+        above = tl.minimum(tl.maximum(x, -1.0), 1.0) - below
+        code += (u * gap < above).to(tl.int32)
+    return code
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def quantize(  # type: ignore[no-untyped-def]
+    flat, absmax, codes, table, n, first, k1, k2,
+    KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks a program; even and odd weights apart, since two make a byte."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    even = row[:, None] * BLOCK + 2 * tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
+    x0 = tl.load(flat + even, mask=even < n, other=0.0).to(tl.float32)
+    x1 = tl.load(flat + even + 1, mask=even + 1 < n, other=0.0).to(tl.float32)
+    starts = row * BLOCK < n
+    whole = row * BLOCK + BLOCK <= n
+    if KEEP:
+        scale = tl.load(absmax + row, mask=starts, other=1.0)
+    else:
+        # as integers, nan is larger than inf, which is larger than any number
+        bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(tl.maximum(bits0, bits1), axis=1)
+        scale = largest.to(tl.float32, bitcast=True)
+        scale = tl.where((scale < 1e-38) & (whole == 0), 1e-38, scale)
+        tl.store(absmax + row, scale, mask=starts)
+    scale = tl.where(tl.abs(scale) < 1e-38, 1e-38, scale)[:, None]
+    inverse = tl.div_rn(tl.full((ROWS, 1), 1.0, tl.float32), scale)
+    x0 = tl.where(whole[:, None], x0 * inverse, tl.div_rn(x0, scale + tl.zeros_like(x0)))
+    x1 = tl.where(whole[:, None], x1 * inverse, tl.div_rn(x1, scale + tl.zeros_like(x1)))
+    c0 = _code(x0, table, k1, k2, first + even, CHANCE)
+    c1 = _code(x1, table, k1, k2, first + even + 1, CHANCE)
+    tl.store(codes + even // 2, (c0 * 16 + c1).to(tl.uint8), mask=even < n)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def dequantize(  # type: ignore[no-untyped-def]
+    codes, absmax, table, out, n, BLOCK: tl.constexpr, BFLOAT: tl.constexpr, SIZE: tl.constexpr
+):
+    """SIZE weights a program; a bfloat16 output comes as int16."""
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)  # [SIZE]
+    mask = index < n
+    byte = tl.load(codes + index // 2, mask=mask, other=0).to(tl.int32)
+    code = tl.where(index % 2 == 0, byte >> 4, byte & 15)
+    x = tl.load(table + code) * tl.load(absmax + index // BLOCK, mask=mask, other=0.0)
+    if BFLOAT:
+        bits = x.to(tl.int32, bitcast=True)
+        up = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(x == x, up >> 16, 0x7FC0)  # noqa: PLR0124 - nan alone differs
+        tl.store(out + index, rounded.to(tl.int16), mask=mask)
+    else:
+        tl.store(out + index, x.to(out.dtype.element_ty), mask=mask)

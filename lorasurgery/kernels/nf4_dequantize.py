@@ -1,0 +1,141 @@
+"""NF4 to weights: w[i] = round(table[q[i]] · absmax[i // block]).
+
+Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3 and appendix E. A byte holds two codes, the
+earlier in the high half. The product is float32 and rounded once, to the nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorasurgery.arrays import Array
+from lorasurgery.errors import ShapeError
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dispatch, dtype_name
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+# quantiles of the normal distribution, with an exact zero: appendix E
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+], np.float32)  # fmt: skip
+NF4.flags.writeable = False
+
+MAX_BLOCK = 4096
+
+
+def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data) -> Data:
+    """n weights in `dtype`; raises ShapeError.
+
+    Args:
+        codes: uint8 [ceil(n / 2)].
+        absmax: float32 [ceil(n / block)].
+        block: weights that share one scale; a power of two from 2 to 4096.
+        n: how many weights the codes stand for.
+        dtype: bfloat16, float16 or float32.
+        table: float32 [16], what the codes stand for.
+
+    """
+    check(n, codes, absmax, block, "nf4_dequantize")
+    if tuple(table.shape) != (16,) or dtype_name(table.dtype) != "float32":
+        raise ShapeError(
+            f"nf4_dequantize: the table is {dtype_name(table.dtype)} {list(table.shape)}, but "
+            "float32 [16] is needed. Restore the file."
+        )
+    if dtype_name(dtype) not in FLOATS:
+        raise ShapeError(
+            f"nf4_dequantize: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. "
+            "Choose one of them."
+        )
+    result: Data = dispatch(cpu, launch, codes, absmax, block, n, dtype, table)
+    return result
+
+
+def check(n: int, codes: Any, absmax: Any, block: int, kernel: str) -> None:
+    """Raises ShapeError unless codes and scales are those of n weights."""
+    if not 2 <= block <= MAX_BLOCK or block & (block - 1):
+        raise ShapeError(
+            f"{kernel}: block size {block} is not a power of two from 2 to {MAX_BLOCK}. "
+            "Check the quantization state."
+        )
+    got = [*codes.shape, *absmax.shape]
+    if codes.ndim != 1 or absmax.ndim != 1 or got != [-(-n // 2), -(-n // block)]:
+        raise ShapeError(
+            f"{kernel}: {n} weights in blocks of {block} have {-(-n // 2)} bytes of codes and "
+            f"{-(-n // block)} scales, but there are {list(codes.shape)} and "
+            f"{list(absmax.shape)}. Check the quantization state."
+        )
+    kinds = dtype_name(codes.dtype), dtype_name(absmax.dtype)
+    if kinds != ("uint8", "float32"):
+        raise ShapeError(
+            f"{kernel}: codes are {kinds[0]} and scales {kinds[1]}, but uint8 and float32 are "
+            "needed. View or convert them."
+        )
+
+
+def reference(
+    codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table: Tensor
+) -> Tensor:
+    """The formula above in plain torch."""
+    import torch
+
+    index = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[:n].long()
+    return (table[index] * absmax.repeat_interleave(block)[:n]).to(dtype)
+
+
+def cpu(codes: Array, absmax: Array, block: int, n: int, dtype: Any, table: Array) -> Array:
+    """The same in numba."""
+    from lorasurgery.kernels._floats import carrier
+    from lorasurgery.kernels._nf4_cpu import dequantize
+
+    out = np.empty(n, dtype)
+    codes, absmax = np.ascontiguousarray(codes), np.ascontiguousarray(absmax)
+    dequantize(codes, absmax, block, pairs(table.tobytes()), carrier(out))
+    return out
+
+
+@cache
+def pairs(table: bytes) -> Array:
+    """The two float32 that each byte of codes stands for, as one uint64 [256]."""
+    values = np.frombuffer(table, np.float32)
+    both = np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=1)
+    return np.ascontiguousarray(both).view(np.uint64).reshape(-1)
+
+
+def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table: Tensor) -> Tensor:
+    """The same in Triton: half a byte read a weight, and the result written."""
+    import torch
+
+    from lorasurgery.kernels._nf4_triton import dequantize
+
+    out = torch.empty(n, dtype=dtype, device=codes.device)
+    bfloat = dtype == torch.bfloat16
+    if n:
+        dequantize[(-(-n // 1024),)](
+            codes.contiguous(), absmax.contiguous(), table.contiguous(),
+            out.view(torch.int16) if bfloat else out, n, BLOCK=block, BFLOAT=bfloat, SIZE=1024,
+        )  # fmt: skip
+    return out
+
+
+def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every code; short last blocks, odd sizes, spans of several; scales from 0 to inf; each dtype."""
+    import torch
+
+    table = torch.from_numpy(NF4.copy())
+    for n, block in ((1, 32), (64, 64), (333, 64), (9001, 4096), (4097, 2), (0, 64)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            codes = torch.randint(0, 256, (-(-n // 2),), dtype=torch.uint8, generator=rng)
+            absmax = torch.rand(-(-n // block), generator=rng)
+            yield f"{n}x{block}-{dtype}", (codes, absmax, block, n, dtype, table)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(5)
+    absmax = torch.tensor([0.0, -0.3, 3.4e38, 1e-40, 7e4]).repeat_interleave(16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield f"scales-{dtype}", (codes, absmax, 32, 2560, dtype, table.flip(0))

@@ -1,0 +1,75 @@
+"""What NF4 lost: Σ (v - w)², Σ w² and max |v - w|, with v = level · absmax in float32.
+
+Relative error is the root of the ratio of the first two. Sums over a tensor's tiles add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorasurgery.arrays import Array
+from lorasurgery.errors import ShapeError
+from lorasurgery.kernels import nf4_dequantize, nf4_quantize
+from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+def run(flat: Data, codes: Data, absmax: Data, block: int) -> tuple[float, float, float]:
+    """error2, norm2, largest; raises ShapeError.
+
+    Args:
+        flat: bfloat16, float16 or float32 [n], what was quantized.
+        codes: uint8 [ceil(n / 2)].
+        absmax: float32 [ceil(n / block)], the scales as they decode.
+        block: weights that share one scale; a power of two from 2 to 4096.
+
+    """
+    if flat.ndim != 1 or dtype_name(flat.dtype) not in FLOATS:
+        raise ShapeError(
+            f"nf4_error: the weight is {dtype_name(flat.dtype)} {list(flat.shape)}, but flat "
+            f"{', '.join(FLOATS)} are needed. Flatten or convert it."
+        )
+    nf4_dequantize.check(flat.shape[0], codes, absmax, block, "nf4_error")
+    result: tuple[float, float, float] = dispatch(cpu, reference, flat, codes, absmax, block)
+    return result
+
+
+def reference(
+    flat: Tensor, codes: Tensor, absmax: Tensor, block: int
+) -> tuple[float, float, float]:
+    """The formulas above; sums in float64."""
+    import torch
+
+    table = torch.from_numpy(nf4_dequantize.NF4.copy()).to(flat.device)
+    call = codes, absmax, block, len(flat), torch.float32, table
+    w = flat.float()
+    error = (nf4_dequantize.reference(*call) - w).abs()
+    largest = float(error.max()) if len(flat) else 0.0
+    return float(error.double().square().sum()), float(w.double().square().sum()), largest
+
+
+def cpu(flat: Array, codes: Array, absmax: Array, block: int) -> tuple[float, float, float]:
+    """The same in numba, in one pass; the sums are good to about 1e-6."""
+    from lorasurgery.kernels._floats import carrier
+    from lorasurgery.kernels._nf4_cpu import error
+
+    codes, absmax = np.ascontiguousarray(codes), np.ascontiguousarray(absmax)
+    pairs = nf4_dequantize.pairs(nf4_dequantize.NF4.tobytes())
+    error2, norm2, largest = error(carrier(flat), codes, absmax, block, pairs)
+    return error2, norm2, float(largest)
+
+
+def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Short last blocks, odd sizes, more than one flush of the sums, each dtype."""
+    import torch
+
+    for n, block in ((1, 32), (64, 64), (333, 64), (300_001, 4096), (70_000, 64), (0, 64)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            w = (0.02 * torch.randn(n, generator=rng)).to(dtype)
+            codes, absmax = nf4_quantize.reference(w, block)
+            yield f"{n}x{block}-{dtype}", (w, codes, absmax, block)
