@@ -78,7 +78,7 @@ def _replaced(expected: Expected, name: str, source: str | None) -> Finding:
         cause = f"is {list(info.shape)}, but {list(whole.info.shape)} in the adapter"
         return Finding(name, "replaced", holds=False, cause=cause)
     base, merged = expected.base.weights, expected.merged.weights
-    count = differing_whole(whole, base, source, merged, name)
+    count = differing_whole(whole, merged, name)
     if not count:
         return Finding(name, "replaced", holds=True)
     cause = f"{count} of {info.numel} elements are not the adapter's"

@@ -6,7 +6,8 @@ import numpy as np
 
 from lorasurgery.arrays import NUMPY, Array, as_bytes
 from lorasurgery.checkpoint import Checkpoint
-from lorasurgery.surgery import TILE_BYTES, tile_rows
+from lorasurgery.edit import tile_rows
+from lorasurgery.surgery import TILE_BYTES
 from lorasurgery.targets import Whole
 from lorasurgery.weights import Weights
 
@@ -39,17 +40,10 @@ def differing_parts(one: Weights, two: Weights, name: str) -> int | None:
     return sum(differing(one.stored, i.name, two.stored, i.name) for i in before.values())
 
 
-def differing_whole(whole: Whole, base: Weights, old: str | None, two: Weights, new: str) -> int:
-    """How many elements of a replaced tensor are not the adapter's, rounded to the file's dtype.
-
-    A weight other than 1 goes that share of the way from the base's tensor.
-    """
-    wanted: Array = whole.load()
-    if whole.weight != 1.0 and old is not None:
-        before = base.read(old).astype(np.float32)
-        wanted = before + np.float32(whole.weight) * (wanted.astype(np.float32) - before)
-    wanted = wanted.astype(NUMPY[two.info(new).dtype])
-    return _unequal(wanted, two.read(new))
+def differing_whole(whole: Whole, merged: Checkpoint, name: str) -> int:
+    """How many elements of a replaced tensor are not the adapter's, rounded to the file's dtype."""
+    wanted = whole.load().astype(NUMPY[merged.info(name).dtype])
+    return _unequal(wanted, merged.read(name))
 
 
 def _unequal(one: Array, two: Array) -> int:

@@ -163,4 +163,5 @@ def _doubt(tile: Tile, d: Array, kind: str) -> Array:
     """
     lengths = np.outer(np.linalg.norm(tile.b, axis=1), np.linalg.norm(tile.a, axis=0))
     terms = np.float32((len(tile.a) + 4) * 2.0**-23) * lengths.astype(np.float32)
-    return terms + np.float32(DELTA_ERROR[kind]) * np.abs(d)
+    doubt: Array = terms + np.float32(DELTA_ERROR[kind]) * np.abs(d)
+    return doubt

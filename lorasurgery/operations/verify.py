@@ -97,8 +97,8 @@ def insist(found: Verification) -> None:
     if found.lost:
         raise VerificationError(
             f"{found.merged}: {found.total['retained']:.3f} of the change is in it, less than "
-            f"--min-retained {found.min_retained:g}: it was lost in rounding to codes, or never merged. "
-            "Merge with another --requantize policy, or to 16 bits."
+            f"--min-retained {found.min_retained:g}: it was lost in rounding, or never merged. Merge in "
+            "another way: to float32, or with another --requantize policy."
         )
 
 
