@@ -254,7 +254,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}. Check the file.") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise FormatError(f"{path}: nests too deep for JSON. Restore the file.") from None
+    except ValueError as error:
         raise FormatError(f"{path}: cannot be read as JSON ({error}). Restore the file.") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path}: holds a {type(value).__name__}, not an object. Restore it.")

@@ -75,13 +75,6 @@ class LowRank:
         columns = info.numel // max(1, rows)
         return cls(np.zeros((1, 0, columns), np.float32), np.zeros((1, rows, 0), np.float32))
 
-    @classmethod
-    def vector(cls, values: Array) -> LowRank:
-        """A bias' change: its values times 1."""
-        import numpy as np
-
-        return cls(np.ones((1, 1, 1), np.float32), values.reshape(1, -1, 1))
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -111,6 +104,14 @@ class Whole:
 
     def load(self) -> Array:
         return self.adapter.load(self.name)
+
+
+def bias_change(wholes: Sequence[Whole]) -> LowRank:
+    """The weighted sum of what is added to a bias, as a change of rank 1."""
+    import numpy as np
+
+    values = np.sum([whole.load() * np.float32(whole.weight) for whole in wholes], axis=0)
+    return LowRank(np.ones((1, 1, 1), np.float32), values.astype(np.float32).reshape(1, -1, 1))
 
 
 @dataclass(frozen=True, slots=True)

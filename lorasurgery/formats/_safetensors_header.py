@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +19,6 @@ MAX_HEADER = 100_000_000  # the limit of the format's own library
 # what numpy can describe: an array of 8-byte items of these many elements
 MAX_NUMEL = 2**59
 MAX_DIMENSIONS = 64
-
-_SHORT = reprlib.Repr(maxlist=8, maxdict=4, maxstring=80, maxother=80, maxlong=40)
 
 
 def read_header(path: Path) -> tuple[bytes, int]:
@@ -43,7 +40,9 @@ def parse_header(
     """Metadata, facts and byte ranges, all checked against each other and the data's size."""
     try:
         entries = json.loads(header.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise FormatError(f"{path}: the header nests too deep. Restore the file.") from None
+    except ValueError as error:
         raise FormatError(
             f"{path}: the header is no valid JSON ({error}). Restore the file."
         ) from None
@@ -52,8 +51,7 @@ def parse_header(
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(
-            f"{path}: __metadata__ is no object of strings: {_SHORT.repr(metadata)}. "
-            "Restore the file."
+            f"{path}: __metadata__ is no object of strings: {_short(metadata)}. Restore the file."
         )
     infos: dict[str, TensorInfo] = {}
     offsets: dict[str, tuple[int, int]] = {}
@@ -90,6 +88,11 @@ def named(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: {error.strerror}. Check the file.") from None
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
@@ -102,7 +105,7 @@ def _check_name(path: Path, name: str) -> None:
     """A name is shown in errors and reports, and written out again."""
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
         raise FormatError(
-            f"{path}: the name {_SHORT.repr(name)} holds control characters or half a surrogate "
+            f"{path}: the name {_short(name)} holds control characters or half a surrogate "
             "pair. Restore the file."
         )
 
@@ -116,11 +119,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         ) from None
     if not isinstance(dtype, str) or dtype not in BITS:
         raise FormatError(
-            f"{path}: {name}: unknown dtype {_SHORT.repr(dtype)}. Known: {', '.join(BITS)}."
+            f"{path}: {name}: unknown dtype {_short(dtype)}. Known: {', '.join(BITS)}."
         )
     if not (_is_shape(shape) and _is_sizes(offsets) and len(offsets) == 2):
         raise FormatError(
-            f"{path}: {name}: shape {_SHORT.repr(shape)} with offsets {_SHORT.repr(offsets)} is "
+            f"{path}: {name}: shape {_short(shape)} with offsets {_short(offsets)} is "
             "impossible. Restore the file."
         )
     info, (begin, end) = TensorInfo(name, dtype, tuple(shape)), offsets

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lorasurgery.adapter import Adapter
 from lorasurgery.edit import Edit, copy_edit
@@ -19,7 +18,7 @@ from lorasurgery.operations._merge_edits import Source, Task, merge_edit, whole_
 from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations._undo_record import Kept
 from lorasurgery.problems import Problem, refuse
-from lorasurgery.targets import LowRank, Resolved, Whole, combine, resolve, unmatched
+from lorasurgery.targets import LowRank, Resolved, Whole, bias_change, combine, resolve, unmatched
 from lorasurgery.tensors import DTYPE_NAMES, FLOATS, TensorInfo
 from lorasurgery.tied import Settled, settle, untied_config
 from lorasurgery.weights import Single, codec_of
@@ -60,10 +59,7 @@ class Work:
         if name in self.resolved.targets:
             return self.resolved.targets[name].change
         if name in self.resolved.added:
-            wholes = self.resolved.added[name]
-            return lambda: LowRank.vector(
-                np.sum([w.load() * np.float32(w.weight) for w in wholes], 0)
-            )
+            return partial(bias_change, self.resolved.added[name])
         return None
 
     def kept(self) -> list[Kept]:

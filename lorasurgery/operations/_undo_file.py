@@ -10,24 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import blake3
-import numpy as np
-import zstandard
 
 from lorasurgery import __version__
 from lorasurgery.adapter import Adapter
-from lorasurgery.arrays import Array, as_bytes
+from lorasurgery.arrays import as_bytes
 from lorasurgery.checkpoint import weight_files
 from lorasurgery.errors import FormatError, OutputError
 from lorasurgery.formats import safetensors
 from lorasurgery.model import Model
-from lorasurgery.operations._undo_record import DIGEST_BYTES, SCRATCH, file_name
+from lorasurgery.operations._undo_record import SCRATCH, file_name
 from lorasurgery.output import INDEX
 from lorasurgery.tensors import TensorInfo
 
@@ -95,46 +92,6 @@ def layout_facts(model: Model) -> dict[str, Any]:
 
 def _header(file: Path) -> str:
     return safetensors.open(file).header.decode()
-
-
-class UndoFile:
-    """An opened undo file: facts, and the recorded bytes of each stored tensor."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = safetensors.open(path)
-        if self._file.metadata.get("format") != FORMAT:
-            raise FormatError(
-                f"{path}: is no undo file of this version. `merge --undo FILE` writes one."
-            )
-        self.facts: dict[str, Any] = json.loads(self._file.metadata["facts"])
-        self.wholes = frozenset(self.facts["wholes"])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
-
-    def digest(self, name: str) -> str:
-        """Of the base's bytes, in the form that surgery.json has."""
-        return f"blake3:{bytes(self._file.read(name)[-DIGEST_BYTES:]).hex()}"
-
-    def whole(self, name: str) -> Array:
-        """The bytes of a tensor that was kept as it was: uint8."""
-        with self.stream(name) as read:
-            return np.frombuffer(read(-1), np.uint8)
-
-    @contextmanager
-    def stream(self, name: str) -> Iterator[Any]:
-        """A function that gives the next n bytes of the decompressed record."""
-        data = self._file.read(name)[:-DIGEST_BYTES].tobytes()
-        with zstandard.ZstdDecompressor().stream_reader(data) as reader:
-
-            def read(n: int) -> bytes:
-                return reader.read(n) if n >= 0 else reader.readall()
-
-            yield read
 
 
 def adapter_facts(adapters: Sequence[tuple[Adapter, float]]) -> list[dict[str, Any]]:

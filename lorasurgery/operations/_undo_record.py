@@ -32,7 +32,7 @@ Keep: TypeAlias = Callable[[int, int, Array, Array, Array], None]
 SCRATCH = ".undo"
 DIGEST_BYTES = 32
 _LEVEL = 3
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+CHUNK = 1 << 16
 
 
 def predict(merged: Array, a: Array, b: Array, dtype: Any) -> Array:
@@ -49,19 +49,21 @@ def predict_codes(merged: Array, a: Array, b: Array, packed: Packed, absmax: Arr
 
 
 def difference(base: Array, predicted: Array) -> Array:
-    """base - predicted as unsigned integers that wrap; their low bytes first, then the next: uint8."""
-    kind = _UNSIGNED[base.dtype.itemsize]
-    wrapped = base.reshape(-1).view(kind) - predicted.reshape(-1).view(kind)
-    return np.ascontiguousarray(wrapped.view(np.uint8).reshape(-1, base.dtype.itemsize).T)
+    """base - predicted as unsigned integers that wrap, flat."""
+    kind = unsigned(base)
+    wrapped: Array = base.reshape(-1).view(kind) - predicted.reshape(-1).view(kind)
+    return wrapped
 
 
-def restore(predicted: Array, planes: Array) -> Array:
+def restore(predicted: Array, wrapped: Array) -> Array:
     """The inverse: predicted + difference, in predicted's shape and dtype."""
-    size = predicted.dtype.itemsize
-    kind = _UNSIGNED[size]
-    wrapped = np.ascontiguousarray(planes.reshape(size, -1).T).reshape(-1).view(kind)
-    total: Array = predicted.reshape(-1).view(kind) + wrapped
+    total: Array = predicted.reshape(-1).view(unsigned(predicted)) + wrapped
     return total.view(predicted.dtype).reshape(predicted.shape)
+
+
+def unsigned(array: Array) -> np.dtype[Any]:
+    """The unsigned integers as wide as an array's elements."""
+    return np.dtype(f"u{array.dtype.itemsize}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def keeping(step: Step, kept: Kept | None) -> Iterator[Keep]:
     folder.mkdir(exist_ok=True)
     for name in kept.wholes:
         with recording(folder, name) as recorder:
-            recorder.add(kept.model.stored.read(name), None)
+            recorder.whole(kept.model.stored.read(name))
     if not kept.differences:
         yield lambda *_: None
         return
@@ -114,7 +116,7 @@ def keeping(step: Step, kept: Kept | None) -> Iterator[Keep]:
 def _keep_rows(kept: Kept, recorder: Recorder) -> Keep:
     def keep(start: int, stop: int, merged: Array, a: Array, b: Array) -> None:
         base = kept.model.stored.read(kept.name, start, stop).reshape(merged.shape)
-        recorder.add(base, predict(merged, a, b, base.dtype))
+        recorder.difference(base, predict(merged, a, b, base.dtype))
 
     return keep
 
@@ -123,7 +125,7 @@ def _keep_codes(kept: Kept, recorder: Recorder) -> Keep:
     def keep(start: int, stop: int, merged: Array, a: Array, b: Array) -> None:
         codes, absmax = packed_rows(kept.model, kept.name, start, stop)
         packed = kept.model.weights.packed[kept.name]
-        recorder.add(codes, predict_codes(merged, a, b, packed, absmax))
+        recorder.difference(codes, predict_codes(merged, a, b, packed, absmax))
 
     return keep
 
@@ -140,26 +142,45 @@ def packed_rows(model: Model, name: str, start: int, stop: int) -> tuple[Array, 
 
 
 class Recorder:
-    """The compressed record of one stored tensor, growing tile by tile."""
+    """The compressed record of one stored tensor, growing tile by tile.
+
+    Differences are written in chunks of CHUNK elements, however they come: the elements' lowest
+    bytes, then the next ones, since the higher are nearly always zero.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self._stream = compressor.stream_writer(self._file, closefd=False)
-        self._digest = blake3.blake3()
+        self._digest, self._rest = blake3.blake3(), np.empty(0, np.uint8)
 
-    def add(self, base: Array, predicted: Array | None) -> None:
-        """The base's next bytes, as the difference to what will be predicted for them."""
+    def whole(self, base: Array) -> None:
+        """Bytes that nothing predicts."""
         raw = as_bytes(base)
         self._digest.update(raw)
-        planes = raw if predicted is None else difference(base, predicted)
-        self._stream.write(planes.tobytes())
+        self._stream.write(raw.tobytes())
+
+    def difference(self, base: Array, predicted: Array) -> None:
+        """The base's next elements, as the difference to what will be predicted for them."""
+        self._digest.update(as_bytes(base))
+        new = difference(base, predicted)
+        held = np.concatenate([self._rest, new]) if self._rest.size else new
+        full = held.size // CHUNK * CHUNK
+        for chunk in held[:full].reshape(-1, CHUNK):
+            self._stream.write(_planes(chunk))
+        self._rest = held[full:].copy()
 
     def close(self) -> None:
         """The digest of the base's bytes ends the file."""
+        if self._rest.size:
+            self._stream.write(_planes(self._rest))
         self._stream.close()  # type: ignore[no-untyped-call]
         self._file.write(self._digest.digest())
         self._file.close()
+
+
+def _planes(chunk: Array) -> bytes:
+    return chunk.view(np.uint8).reshape(-1, chunk.itemsize).T.tobytes()
 
 
 @contextmanager

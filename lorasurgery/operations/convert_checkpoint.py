@@ -40,10 +40,7 @@ def convert_checkpoint(
     decoded = any(model.stored.storage(n)[0] not in BITS for n in model.stored)
     kind = dtype or ("BF16" if decoded else None)
     kept = packed_parts(model)
-    edits = tuple(
-        copy_edit(model.stored, n) if n in kept else cast_edit(model.stored, n, kind)
-        for n in model.stored
-    )
+    edits = tuple(cast_edit(model.stored, n, None if n in kept else kind) for n in model.stored)
     unlike = sum(model.stored.info(n).dtype != kind for n in kept)
     note = f"{unlike} tensors of quantized weights are copied as they are, not cast to {kind}"
     plan = Plan(
@@ -69,7 +66,9 @@ def packed_parts(model: Model) -> set[str]:
     To cast a scale to fewer bits would change all weights of its block.
     """
     known = {part.name for p in model.weights.packed.values() for part in p.parts.values()}
-    codes = (*_CODES, *_WORDS) if "quantization_config" in model.config else _CODES
+    method = model.config.get("quantization_config") or {"quant_method": "bitsandbytes"}
+    words = isinstance(method, dict) and method.get("quant_method") != "bitsandbytes"
+    codes = (*_CODES, *_WORDS) if words else _CODES
     rest = [n for n in model.stored if n not in known]
     modules = {_module(n) for n in rest if model.stored.info(n).dtype in codes}
     return known | {n for n in rest if _module(n) in modules}
@@ -86,7 +85,7 @@ def cast_edit(source: Checkpoint, name: str, dtype: str | None) -> Edit:
         return copy_edit(source, name)
     assert dtype is not None
     target = TensorInfo(name, dtype, info.shape)
-    wide = np.float64 if "F64" in (dtype, info.dtype) else np.float32
+    wide = NUMPY["F64" if "F64" in (dtype, info.dtype) else "F32"]
 
     def apply(step: Step) -> Metrics:
         error2 = norm2 = 0.0

@@ -16,18 +16,14 @@ def dequantize(source: Path, output: Path | None, dtype: str | None, how: RunOpt
     model = open_model(source, dtype)
     if not model.weights.packed:
         raise FormatError(f"{source}: no quantized weight in it. Nothing is to be done.")
-    left = packed_parts(model) & set(model.weights) - set(model.weights.packed)
-    if left:
-        raise FormatError(
-            f"{source}: {min(left)} belongs to a weight in a quantization that is not read. "
-            "Dequantize it with the program that made it."
-        )
-    edits = tuple(
-        decode_edit(model.weights, name)
-        if name in model.weights.packed
-        else cast_edit(model.stored, name, dtype)
-        for name in model.weights
-    )
+    kept = packed_parts(model)
+
+    def edit(name: str) -> Edit:
+        if name in model.weights.packed:
+            return decode_edit(model.weights, name)
+        return cast_edit(model.stored, name, None if name in kept else dtype)
+
+    edits = tuple(edit(name) for name in model.weights)
     config = {k: v for k, v in model.config.items() if k != "quantization_config"}
     config = with_dtype(config, dtype)
     plan = Plan(

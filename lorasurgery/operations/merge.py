@@ -113,7 +113,11 @@ def _undo(work: Work, adapters: Sequence[tuple[Adapter, float]]) -> Undo | None:
     if path is None:
         return None
     kept = work.kept()
-    facts = {**layout_facts(work.model), "adapters": adapter_facts(adapters)}
+    facts = {
+        **layout_facts(work.model),
+        "adapters": adapter_facts(adapters),
+        "tied": "untie" if work.settled.untied else "shared",
+    }
     return Undo(
         path,
         tuple(name for k in kept for name in k.differences),

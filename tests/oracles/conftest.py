@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from tiny import Base
 
 LoadGguf: TypeAlias = Callable[[Path], PreTrainedModel]
 
@@ -43,3 +47,15 @@ def load_gguf() -> LoadGguf:
 def smollm2_by_transformers(smollm2: Path, load_gguf: LoadGguf) -> PreTrainedModel:
     """Takes half a minute: transformers decodes with gguf's numpy code, 16 rows at a time."""
     return load_gguf(smollm2)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base]:
+    """Tiny models by kind and dtype, each made once."""
+    from tiny import make_base  # peft, which it imports, takes seconds
+
+    @cache
+    def base(kind: str, dtype: torch.dtype = torch.float32) -> Base:
+        return make_base(kind, tmp_path_factory.mktemp(kind) / "base", dtype)
+
+    return base
