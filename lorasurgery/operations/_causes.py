@@ -70,7 +70,7 @@ def diagnose(pair: Pair, target: Target, change: LowRank, found: Measure) -> Dia
 
 def _coefficients(shares: list[Trial]) -> tuple[float, ...]:
     """Least squares: the sum of x_i D_i that is nearest to what was done."""
-    if len(shares) == 1:
+    if len(shares) < 2:
         return ()
     gram = np.array([[inner(one.change, two.change) for two in shares] for one in shares])
     found, *_ = np.linalg.lstsq(gram, np.array([share.signal for share in shares]))

@@ -52,7 +52,7 @@ class Expected:
         """All that adapters should have done to a tensor but replace it; None for nothing."""
         target, wholes = self.changed.get(name), self.added.get(name)
         if wholes:
-            return LowRank.vector(sum(w.load() * w.load().dtype.type(w.weight) for w in wholes))
+            return targets.bias_change(wholes)
         return target.change() if target else None
 
 

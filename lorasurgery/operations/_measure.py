@@ -152,7 +152,8 @@ def _code(array: Array) -> str:
 def _ulp(x: Array, kind: str) -> Array:
     """The distance of the two numbers of this dtype that x lies between: float32, as x."""
     power = (x.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
-    return np.maximum(power * np.float32(2.0 ** -_BITS[kind]), np.float32(_SMALLEST[kind]))
+    ulp: Array = np.maximum(power * np.float32(2.0 ** -_BITS[kind]), np.float32(_SMALLEST[kind]))
+    return ulp
 
 
 def _doubt(tile: Tile, d: Array, kind: str) -> Array:

@@ -51,7 +51,9 @@ def _scales(target: Target, settings: Sequence[Mapping[str, Any]]) -> Iterator[t
         (f"the weight {weight:g} was applied twice", weight),
     ]
     for config in settings:
-        common = config.get("lora_alpha", 0) / (config.get("r") or 1)
+        common = config.get("lora_alpha", 0) / (
+            (config.get("r") or 1) ** (0.5 if stabilized else 1)
+        )
         made.append(
             ("the adapter's common alpha and r were taken, not this module's", common / scale)
         )

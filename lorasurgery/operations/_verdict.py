@@ -85,43 +85,57 @@ def cause_of(found: Measure, judged: Judged, facts: Facts) -> str:
     trial = diagnosis.best(sum(found.left()), found.change2)
     if trial:
         return trial.cause
-    said = [_amount(found, facts, diagnosis), _foreign(found, judged, diagnosis)]
+    shares = _shares(found, facts, diagnosis)
+    outside = _outside(found, judged, diagnosis)
+    # adapters that are missing, and any other, leave something inside as well
+    inside = "" if shares or outside else _inside(found, judged)
+    said = [shares or _amount(found, facts), outside, inside]
     return "; ".join(filter(None, said)) or (
         f"{found.differing} of {found.numel} elements are not W + D rounded once"
     )
 
 
-def _amount(found: Measure, facts: Facts, diagnosis: Diagnosis) -> str:
-    """How much of the change is there, if it is not once."""
-    rho = found.rho or 0.0
+def _shares(found: Measure, facts: Facts, diagnosis: Diagnosis) -> str:
+    """Which of several adapters are not in it once, if they are not all wrong in the same way."""
+    times = diagnosis.coefficients
     wrong = [
-        f"{owner} is in it {x:.3g} times"
-        for owner, x in zip(facts.owners, diagnosis.coefficients, strict=False)
+        f"{owner} is missing" if abs(x) < 0.05 else f"{owner} is in it {x:.3g} times"
+        for owner, x in zip(facts.owners, times, strict=False)
         if abs(x - 1) > 0.05 + 4 * found.sigma
     ]
-    off = abs(rho - 1)
-    if off <= max(0.02, 4 * found.sigma):
+    return ", ".join(wrong) if times and max(times) - min(times) > 0.05 + 8 * found.sigma else ""
+
+
+def _amount(found: Measure, facts: Facts) -> str:
+    """How much of the change is there, if it is not once."""
+    rho = found.rho or 0.0
+    if abs(rho - 1) <= max(0.02, 4 * found.sigma):
         return ""
     named = scale_cause(facts.target, facts.settings, rho, found.sigma)
-    both = len(wrong) < len(diagnosis.coefficients)
-    if wrong and (both or not named):
-        return ", ".join(wrong)
     return named or f"rho {rho:.3g} is of no usual mistake"
 
 
-def _foreign(found: Measure, judged: Judged, diagnosis: Diagnosis) -> str:
-    """What else is in it that rounding does not make."""
-    inside2, outside2 = found.left()
-    explained2 = 2 * judged.expected2 + 1e-5 * max(found.power, found.change2)
-    if outside2 > explained2:
-        share = math.sqrt(outside2 / found.power)
-        rank = diagnosis.effective_rank
-        what = f"of a rank about {rank:.0f}" if rank else "of any rank"
-        return (
-            f"a foreign change {share:.3g} times as large lies outside the adapter's subspace, {what}: "
-            "another adapter, or another base"
-        )
-    if inside2 > explained2:
-        share = math.sqrt(inside2 / found.power)
-        return f"a foreign change {share:.3g} times as large lies in the adapter's own subspace"
-    return ""
+def _outside(found: Measure, judged: Judged, diagnosis: Diagnosis) -> str:
+    """What else is in it, beyond rounding, in directions that the adapter does not have."""
+    _, outside2 = found.left()
+    if outside2 <= _explained2(found, judged):
+        return ""
+    share, rank = math.sqrt(outside2 / found.power), diagnosis.effective_rank
+    what = f", of a rank about {rank:.0f}" if rank else ""
+    return (
+        f"a foreign change {share:.3g} times as large lies outside the adapter's subspace{what}: "
+        "another adapter, or another base"
+    )
+
+
+def _inside(found: Measure, judged: Judged) -> str:
+    inside2, _ = found.left()
+    if inside2 <= _explained2(found, judged):
+        return ""
+    share = math.sqrt(inside2 / found.power)
+    return f"a foreign change {share:.3g} times as large lies in the adapter's own subspace"
+
+
+def _explained2(found: Measure, judged: Judged) -> float:
+    """Twice what rounding makes, and what float32 sums cannot tell from nothing."""
+    return 2 * judged.expected2 + 1e-5 * max(found.power, found.change2)
