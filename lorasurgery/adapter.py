@@ -67,7 +67,8 @@ class Adapter:
     replaced: Mapping[str, TensorInfo]
     # vectors that are added (lora_bias), scaling applied by `load`
     added: Mapping[str, TensorInfo]
-    load: Callable[[str], Array]  # one of `replaced` or `added`; `added` as float32, scaled
+    load: Callable[[str], Array]  # one of `replaced`
+    load_added: Callable[[str], Array]  # one of `added`: float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
 

@@ -101,9 +101,19 @@ class Whole:
     name: str
     info: TensorInfo
     weight: float = 1.0
+    added: bool = False
 
     def load(self) -> Array:
-        return self.adapter.load(self.name)
+        return (self.adapter.load_added if self.added else self.adapter.load)(self.name)
+
+
+def same_values(one: Whole, other: Whole | None) -> bool:
+    """Whether two adapters bring the same tensor along: the base's own, beside what adapts it."""
+    import numpy as np
+
+    if other is None or one.info.shape != other.info.shape:
+        return False
+    return bool(np.array_equal(one.load(), other.load()))
 
 
 def bias_change(wholes: Sequence[Whole]) -> LowRank:
@@ -151,7 +161,7 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
         if stored is None or model.weights.info(stored).shape != info.shape:
             problems.append(_no_bias(model, name, info, stored))
         else:
-            added[stored] = (Whole(adapter, name, info, weight),)
+            added[stored] = (Whole(adapter, name, info, weight, added=True),)
     targets = {tensor: Target(tensor, tuple(of)) for tensor, of in shares.items()}
     return Resolved(targets, replaced, added, missing, tuple(problems))
 
@@ -179,7 +189,7 @@ def combine(parts: Sequence[Resolved]) -> Resolved:
             before = targets[tensor].shares if tensor in targets else ()
             targets[tensor] = replace(target, shares=before + target.shares)
         for tensor, whole in part.replaced.items():
-            if tensor in replaced:
+            if tensor in replaced and not same_values(replaced[tensor], whole):
                 problems.append(Problem(tensor, f"{tensor}: two adapters replace it as a whole"))
             replaced[tensor] = whole
         for tensor, wholes in part.added.items():

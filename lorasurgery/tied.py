@@ -14,7 +14,7 @@ from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.layouts import EMBEDDINGS, HEADS
 from lorasurgery.model import Model
 from lorasurgery.naming import Part
-from lorasurgery.targets import Resolved, Share, Target, Whole
+from lorasurgery.targets import Resolved, Share, Target, same_values
 
 POLICIES = ("auto", "shared", "untie", "refuse")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
@@ -55,7 +55,7 @@ def settle(model: Model, resolved: Resolved, policy: str) -> Settled:
             f"{model.path}: {head} is tied to {embedding}, and the adapter changes one of them. "
             "Choose --tied shared or --tied untie."
         )
-    twins = head in wholes and _same(wholes[head], wholes.get(embedding))
+    twins = head in wholes and same_values(wholes[head], wholes.get(embedding))
     if twins:
         del wholes[head]
     # beside the factors of an adapted layer PEFT keeps its base, which is no change
@@ -115,14 +115,6 @@ def _share(resolved: Resolved, pair: tuple[str, str], shares: tuple[Share, ...])
         "both. --tied untie keeps them apart, as the unmerged adapter does."
     )
     return Settled(replace(resolved, targets=targets, replaced=wholes), notes=(note,))
-
-
-def _same(one: Whole, other: Whole | None) -> bool:
-    import numpy as np
-
-    if other is None or one.info.shape != other.info.shape:
-        return False
-    return bool(np.array_equal(one.load(), other.load()))
 
 
 def _copies(share: Share, other: Share) -> bool:

@@ -45,7 +45,13 @@ COLUMNS = {
     "retained": Column("retained", _fixed, _farthest_from_one),
     "noise": Column("noise", _fixed),
     "retained_signal": Column("retained", _fixed, _farthest_from_one),
+    "rank": Column("rank", _number),
+    "replaced": Column("replaced", show_count, None),
+    "restored": Column("restored", show_count, None),
     # totals alone
+    "others": Column("other tensors", _number, None),
+    "exact": Column("tensors with the base's hash", _number, None),
+    "expected_error": Column("expected error, of the change", _percent),
     "bits_per_quantized_parameter": Column("bits per quantized parameter", _fixed),
     "quantized_parameters": Column("quantized parameters", show_count, None),
     "bytes": Column("size", show_bytes, None),
@@ -53,7 +59,7 @@ COLUMNS = {
 }
 
 # sums from which totals are made; --json has them
-HIDDEN = {"error2", "norm2"}
+HIDDEN = {"error2", "norm2", "signal", "power", "noise2"}
 
 # what is said of the whole, before all else
 TOTALS_FIRST = ("tensors", "retained", "noise", "relative_error", "max_error")

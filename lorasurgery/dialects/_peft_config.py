@@ -41,6 +41,8 @@ _REFUSED = {
     "layer_replication": "its layers are copies that the base does not have",
     "trainable_token_indices": "it replaces single rows of an embedding",
 }
+# one of them adapted, PEFT adapts the other to match
+_TIED = ("embed_tokens", "lm_head", "wte")
 # starts that take something out of the base, which the saved factors rely on
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -100,6 +102,8 @@ def targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT, given this config, would put an adapter on this module."""
     if _excluded(config.get("exclude_modules"), module) or saved(config, module):
         return False
+    if config.get("ensure_weight_tying") and module.endswith(_TIED):
+        return True
     targets = config.get("target_modules")
     if targets is None:
         return not config.get("target_parameters")

@@ -87,7 +87,8 @@ def read(path: Path) -> Adapter:
         sites=tuple(sites),
         replaced={n: replace(source.info(key), name=n) for n, key in replaced.items()},
         added={n: replace(source.info(key), name=n) for n, (key, _) in added.items()},
-        load=_loader(source, replaced, added),
+        load=lambda name: source.read(replaced[name]),
+        load_added=lambda name: _scaled(source, *added[name]),
         settings=config,
         problems=tuple(problems),
     )
@@ -197,18 +198,10 @@ def _reader(
     return load
 
 
-def _loader(
-    source: Checkpoint, replaced: Mapping[str, str], added: Mapping[str, tuple[str, float]]
-) -> Callable[[str], Array]:
-    def load(name: str) -> Array:
-        import numpy as np
+def _scaled(source: Checkpoint, key: str, scaling: float) -> Array:
+    import numpy as np
 
-        if name in replaced:
-            return source.read(replaced[name])
-        key, scaling = added[name]
-        return source.read(key).astype(np.float32) * np.float32(scaling)
-
-    return load
+    return source.read(key).astype(np.float32) * np.float32(scaling)
 
 
 def _expected(config: Mapping[str, Any], name: str) -> bool:

@@ -219,7 +219,7 @@ def _check(work: Work) -> None:
                 "unknown kind. Merge into the unquantized model."
             )
     for name, whole in resolved.replaced.items():
-        if whole.weight != 1.0:
+        if whole.weight != 1.0 and name not in resolved.targets:
             raise UsageError(
                 f"{whole.adapter.path}: weight {whole.weight:g}: it replaces {name} as a whole, which "
                 "cannot be weighed. Merge it with weight 1."
