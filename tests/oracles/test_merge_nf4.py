@@ -14,21 +14,18 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
-from tiny import (
-    TOKENS,
-    Base,
+from merging import (
     changes,
     done,
     make_adapter,
     merged_by_peft,
-    outputs,
     retained,
     rounded_once,
     shrink,
     surgery,
-    tensors,
 )
+from peft import PeftModel
+from tiny import TOKENS, Base, outputs, tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
