@@ -13,7 +13,13 @@ RENAMES = (
     (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
     (r"^model\.visual\.", "visual."),
     (r"^lm_head\.", "language_model.lm_head."),
+    (r"^lm_head\.", "embed_out."),
+    (r"^(model\.)?(encoder|decoder)\.embed_tokens\.", r"\1shared."),
+    (r"\.mlp\.router\.", ".block_sparse_moe.gate."),
     (r"\.mlp\.", ".block_sparse_moe."),
+    (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
+    (r"\.experts\.down_proj$", ".output_linear.weight"),
+    (r"\.router\.weight$", ".router.layer.weight"),
 )
 
 # a stacked parameter [experts, out, in] -> the matrices that one expert's part is made of, row on row
@@ -34,7 +40,10 @@ CONV1D = {
 TURNED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 
 # output heads and the embeddings that they share a tensor with when it is tied
-HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+HEADS = (
+    "lm_head.weight", "lm_head.decoder.weight", "embed_out.weight", "proj_out.weight",
+    "cls.predictions.decoder.weight",
+)  # fmt: skip
 EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight",
     "embed_in.weight", "tokens_embed.weight",

@@ -49,8 +49,9 @@ class MergeOptions:
 
     @property
     def threshold(self) -> float | None:
-        """What stops the command, rather than being warned of."""
-        return None if self.min_retained is None and self.policy is None else self.wanted
+        """What stops the command, rather than being warned of; 0 asks for nothing."""
+        asked = self.min_retained is not None or self.policy is not None
+        return self.wanted if asked and self.wanted > 0 else None
 
     @property
     def settings(self) -> dict[str, object]:
