@@ -60,7 +60,7 @@ def plan_quantize(model: Model, options: QuantizeOptions) -> Plan:
             raise MatchError(
                 f"{model.path}: no tensor matches {pattern!r}. See `lorasurgery inspect`."
             )
-    chosen = set(linear_weights(model, options.include, options.exclude))
+    chosen = dict.fromkeys(linear_weights(model, options.include, options.exclude))
     if not chosen:
         raise MatchError(
             f"{model.path}: none of its {len(model.weights)} tensors is a linear weight. "
