@@ -1,0 +1,669 @@
+"""Where an output may go, who may write it, and what is left of it when that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from forked import as_nobody
+
+from lorasurgery import output as module
+from lorasurgery import place
+from lorasurgery.checkpoint import JOURNAL, open_checkpoint
+from lorasurgery.errors import FormatError, OutputError
+from lorasurgery.formats import _writer
+from lorasurgery.formats._writer import Shard, lay_out
+from lorasurgery.output import INDEX, Output, OutputOptions
+from lorasurgery.tensors import TensorInfo
+
+A, B = TensorInfo("a", "F32", (4, 2)), TensorInfo("b", "BF16", (3,))
+DATA = {"a": bytes(range(32)), "b": bytes(range(100, 106))}
+PLAIN, RESUME = OutputOptions(), OutputOptions(resume=True)
+OVERWRITE = OutputOptions(overwrite=True)
+
+
+def shards(max_shard: int = 1 << 30) -> tuple[Shard, ...]:
+    return lay_out([A, B], max_shard, {"format": "pt"})
+
+
+def begun(path: Path, options: OutputOptions = PLAIN, plan: str = "plan") -> Output:
+    return Output(path, shards(), plan, options)
+
+
+def fill(output: Output, *names: str) -> Output:
+    for name in names:
+        output.write(name, 0, np.frombuffer(DATA[name], np.uint8))
+        output.record(name, {"metrics": {}, "read": {}, "written": {}}, [name])
+    return output
+
+
+def written(path: Path, options: OutputOptions = PLAIN, **files: str) -> None:
+    fill(begun(path, options), "a", "b").commit({n: c.encode() for n, c in files.items()})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, with their bytes."""
+    return {
+        str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
+    }
+
+
+def check(path: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
+    place.check_apart(path, inputs)
+    place.check_free(path, overwrite=overwrite)
+    place.check_room(path, 0)
+
+
+def refused(path: Path, *inputs: Path, overwrite: bool = False) -> str:
+    with pytest.raises(OutputError) as error:
+        check(path, inputs, overwrite=overwrite)
+    return str(error.value)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    safetensors.numpy.save_file({"w": np.ones(3)}, tmp_path / "model" / "model.safetensors")
+    return tmp_path / "model"
+
+
+# --- where it may go
+
+
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "overwrite"])
+def test_an_output_that_is_or_holds_an_input_is_refused(model: Path, flags: bool) -> None:
+    file, home = model / "model.safetensors", model.parent
+    for out, source in ((model, model), (home, model), (file, file), (model, file), (home, file)):
+        assert refused(out, source, overwrite=flags) == (
+            f"{out}: is or holds the input {source}. Name another output."
+        )
+
+
+def test_an_output_that_reaches_the_input_by_a_link_is_refused(model: Path) -> None:
+    link = model.parent / "link"
+    link.symlink_to(model)
+    assert refused(link, model) == f"{link}: is or holds the input {model}. Name another output."
+    assert refused(model, link) == f"{model}: is or holds the input {link}. Name another output."
+    out = link / "out"
+    assert refused(out, model) == f"{out}: lies inside the input {model}. Name another output."
+
+
+def test_an_output_inside_the_input_is_refused(model: Path) -> None:
+    for out in (model / "out", model / "deep" / "er" / "out"):
+        assert refused(out, model) == f"{out}: lies inside the input {model}. Name another output."
+
+
+def test_an_output_beside_a_lone_file_is_allowed(model: Path) -> None:
+    place.check_apart(model / "out", [model / "model.safetensors"])
+
+
+@pytest.mark.parametrize("ending", [".partial", ".replaced"])
+def test_an_output_whose_scratch_directory_would_be_the_input_is_refused(
+    tmp_path: Path, ending: str
+) -> None:
+    source = tmp_path / f"out{ending}"
+    source.mkdir()
+    assert refused(tmp_path / "out", source, overwrite=True) == (
+        f"{source}: is or holds the input {source}. Name another output."
+    )
+
+
+@pytest.mark.parametrize("name", [".", "/", ".."])
+def test_an_output_without_a_name_of_its_own_is_refused(name: str) -> None:
+    assert refused(Path(name)) == (
+        f"{name}: names no directory of its own. Give the output a name."
+    )
+
+
+def test_an_output_that_is_a_file_or_a_link_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "broken"):
+        assert refused(tmp_path / name, overwrite=True) == (
+            f"{tmp_path / name}: is there and is no directory. Name another output."
+        )
+
+
+def test_an_output_that_is_not_empty_is_refused_and_an_empty_one_is_taken(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    written(out)
+    assert refused(out) == f"{out}: exists and is not empty. Pass --overwrite, or name another."
+    place.check_free(out, overwrite=True)
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "sub" / "out"
+    assert (
+        refused(out) == f"{out}: {tmp_path / 'file'} is a file, no directory. Name another output."
+    )
+
+
+def test_more_than_the_disk_has_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with pytest.raises(OutputError) as error:
+        place.check_room(out, 1 << 60)
+    free = str(error.value).partition(f"{tmp_path} has ")[2].partition(" MiB")[0]
+    assert str(error.value) == (
+        f"{out}: needs {(1 << 40) + 16} MiB, but {tmp_path} has {free} MiB free. "
+        "Make room, or name another output."
+    )
+    stat = os.statvfs(tmp_path)
+    # other processes write to the disk meanwhile
+    assert int(free) == pytest.approx(stat.f_bavail * stat.f_frsize >> 20, rel=0.05)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A directory that every user may look into, as pytest's own may not be."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_a_place_that_may_not_be_written_to_is_refused(shared_folder: Path) -> None:
+    closed = shared_folder / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    out = closed / "sub" / "out"
+    assert as_nobody(lambda: place.check_room(out, 0)) == (
+        f"{out}: {closed} cannot be written to. Name another output."
+    )
+    partial = closed / "out.partial"
+    assert as_nobody(lambda: begun(closed / "out")) == (
+        f"{partial}: the output cannot be written (Permission denied). "
+        "Check the disk, or name another output."
+    )
+    assert list(closed.iterdir()) == []
+
+
+def test_a_place_where_even_root_may_not_write_is_one_line() -> None:
+    out = Path("/proc/lorasurgery-test/out")
+    with pytest.raises(OSError) as system:  # noqa: PT011 - what the system says of it
+        out.parent.mkdir()
+    with pytest.raises(OutputError) as error:
+        begun(out)
+    assert str(error.value) == (
+        f"{out}.partial: the output cannot be written ({system.value.strerror}). "
+        "Check the disk, or name another output."
+    )
+
+
+# --- what comes out
+
+
+def test_an_output_appears_whole_with_its_files_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    written(out, **{"config.json": "{}", "sub/a.txt": "x"})
+    assert sorted(tree(tmp_path)) == [
+        f"deep/er/out/{name}" for name in ("config.json", "model.safetensors", "sub/a.txt")
+    ]
+    content = dict(safetensors.deserialize((out / "model.safetensors").read_bytes()))
+    assert {name: bytes(t["data"]) for name, t in content.items()} == DATA
+
+
+def test_shards_have_an_index_of_true_sizes_in_the_usual_names(tmp_path: Path) -> None:
+    infos = [TensorInfo(f"t{i}", "U8", (100 + i,)) for i in range(7)]
+    output = Output(
+        tmp_path / "out", lay_out(infos, 250, {"format": "pt"}), "plan", OutputOptions()
+    )
+    output.commit({})
+    index = json.loads((tmp_path / "out" / INDEX).read_bytes())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [f.name for f in files] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    found, nbytes = {}, 0
+    for file in files:
+        for name, tensor in safetensors.deserialize(file.read_bytes()):
+            found[name] = file.name
+            nbytes += len(tensor["data"])
+    assert index == {"metadata": {"total_size": nbytes}, "weight_map": found}
+    assert nbytes == sum(range(100, 107))
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own() -> None:
+    infos = [TensorInfo(str(n), "U8", (n,)) for n in (10, 500, 20)]
+    assert [[i.name for i in s.infos] for s in lay_out(infos, 100, {})] == [["10"], ["500"], ["20"]]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_an_old_output_stays_until_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(place, "_exchange", lambda _a, _b: False)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    output = fill(begun(out, OVERWRITE), "a", "b")
+    assert tree(out) == {"old.txt": b"old"}
+    output.commit({})
+    assert list(tree(tmp_path)) == ["out/model.safetensors"]
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_system_can_exchange_two_directories_here(tmp_path: Path) -> None:
+    """If this fails, the file system under the tests is an unusual one: see place._exchange."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "was").write_text(name)
+    assert place._exchange(tmp_path / "a", tmp_path / "b")
+    assert tree(tmp_path) == {"a/was": b"b", "b/was": b"a"}
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_an_old_output_is_back_when_the_last_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    out, rename = tmp_path / "out", os.rename
+    written(out, **{"old.txt": "old"})
+    before = tree(out)
+
+    def fail(*_: object) -> bool:
+        raise OSError(5, "Input/output error")
+
+    def rename_once(source: Path, target: Path) -> None:
+        if target == out and source == place.partial_of(out) and not out.exists():
+            fail()
+        rename(source, target)
+
+    monkeypatch.setattr(place, "_exchange", fail if exchange else lambda _a, _b: False)
+    monkeypatch.setattr(os, "rename", rename_once)
+    output = fill(begun(out, OVERWRITE), "a", "b")
+    with pytest.raises(OutputError) as error:
+        output.commit({})
+    output.abandon()
+    assert str(error.value) == (
+        f"{out}: the output cannot be written (Input/output error). "
+        "Check the disk, or name another output."
+    )
+    assert tree(out) == before
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_something_else_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = fill(begun(out), "a", "b")
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError) as error:
+        output.commit({})
+    output.abandon()
+    assert str(error.value) == (
+        f"{out}: was filled by something else meanwhile. Pass --overwrite, or name another."
+    )
+    assert tree(tmp_path) == {"out/mine.txt": b"mine"}
+
+
+def test_abandoning_leaves_no_file_and_no_directory_that_was_made(tmp_path: Path) -> None:
+    fill(begun(tmp_path / "x" / "y" / "out"), "a").abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_abandoning_a_resumable_run_leaves_what_it_can_go_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(begun(out, RESUME), "a").abandon()
+    assert [f.name for f in tmp_path.iterdir()] == ["out.partial"]
+    output = begun(out, RESUME)
+    assert list(output.done) == ["a"]
+    fill(output, "b").commit({})
+    content = dict(safetensors.deserialize((out / "model.safetensors").read_bytes()))
+    assert {name: bytes(t["data"]) for name, t in content.items()} == DATA
+
+
+# --- two at once, and what others left
+
+
+def test_two_runs_at_once_are_refused_whatever_is_asked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = fill(begun(out), "a")
+    for options in (OutputOptions(), RESUME, OVERWRITE):
+        with pytest.raises(OutputError) as error:
+            begun(out, options)
+        assert str(error.value) == (
+            f"{out}.partial: another run is writing it. Wait for it, or name another output."
+        )
+    fill(first, "b").commit({})
+    assert open_checkpoint(out).read("a").tobytes() == DATA["a"]
+
+
+def test_a_run_that_waits_at_the_door_does_not_get_an_output_that_was_just_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has opened the journal when the first run ends: the lock it gets then is on nothing."""
+    out, flock = tmp_path / "out", place.fcntl.flock
+    first = fill(begun(out), "a", "b")
+
+    def late(fd: int, how: int) -> None:
+        monkeypatch.setattr(place.fcntl, "flock", flock)
+        first.commit({})
+        flock(fd, how)
+
+    monkeypatch.setattr(place.fcntl, "flock", late)
+    with pytest.raises(OutputError) as error:
+        begun(out, OVERWRITE)
+    assert str(error.value) == (
+        f"{out}.partial: another run is writing it. Wait for it, or name another output."
+    )
+    assert list(tree(tmp_path)) == ["out/model.safetensors"]
+
+
+def killed(path: Path, *names: str) -> Path:
+    """What a killed run leaves: its journal and files, its lock given up by the system."""
+    output = fill(begun(path), *names)
+    output._close_files()
+    output._unlock()
+    return place.partial_of(path)
+
+
+def test_what_a_killed_run_left_needs_a_word_from_the_user(tmp_path: Path) -> None:
+    partial = killed(tmp_path / "out", "a")
+    before = tree(partial)
+    with pytest.raises(OutputError) as error:
+        begun(tmp_path / "out")
+    assert str(error.value) == (
+        f"{partial}: left by an interrupted run. Pass --resume to go on with it, or --overwrite to "
+        "discard it."
+    )
+    assert tree(partial) == before
+    assert begun(tmp_path / "out", OVERWRITE).done == {}
+
+
+def test_what_a_killed_run_left_is_not_read_as_a_model(tmp_path: Path) -> None:
+    partial = killed(tmp_path / "out", "a")
+    with pytest.raises(FormatError) as error:
+        open_checkpoint(partial)
+    assert str(error.value) == (
+        f"{partial}: an interrupted run left it unfinished. Repeat that command with --resume."
+    )
+
+
+def test_a_journal_of_another_command_is_refused_and_kept(tmp_path: Path) -> None:
+    partial = killed(tmp_path / "out", "a")
+    before = tree(partial)
+    for _ in range(2):  # the refusal gives the lock back
+        with pytest.raises(OutputError) as error:
+            begun(tmp_path / "out", RESUME, plan="another plan")
+        assert str(error.value) == (
+            f"{partial}: was begun by another command or with other inputs. "
+            "Repeat that command, or pass --overwrite instead of --resume."
+        )
+    assert tree(partial) == before
+
+
+@pytest.mark.parametrize("tail", [b'{"edit": "b", "metr', b'{"edit": "b"}', b"\0\0\0", b"{"])
+def test_a_journal_line_that_was_cut_is_forgotten(tmp_path: Path, tail: bytes) -> None:
+    out, partial = tmp_path / "out", killed(tmp_path / "out", "a")
+    with (partial / JOURNAL).open("ab") as file:
+        file.write(tail)
+    assert list(begun_and_killed(out)) == ["a"]
+    output = begun(out, RESUME)  # and what was appended after it is a line of its own
+    assert list(output.done) == ["a", "b"]
+    output.commit({})
+    assert open_checkpoint(out).read("b").tobytes() == DATA["b"]
+
+
+def begun_and_killed(out: Path) -> dict[str, object]:
+    output = begun(out, RESUME)
+    done = dict(output.done)
+    fill(output, "b")
+    output._close_files()
+    output._unlock()
+    return done
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"[]\n", b"nonsense\n", b'{"plan": "plan"}\n', b'"x"\n', b"\xff\xfe\n"]
+)
+def test_a_journal_that_says_nothing_is_begun_anew(tmp_path: Path, content: bytes) -> None:
+    out, partial = tmp_path / "out", killed(tmp_path / "out", "a")
+    (partial / JOURNAL).write_bytes(content)
+    output = begun(out, RESUME)
+    assert output.done == {}
+    fill(output, "a", "b").commit({})
+    assert open_checkpoint(out).read("a").tobytes() == DATA["a"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "header"])
+def test_a_partial_file_that_is_not_as_it_was_laid_out_is_begun_anew(
+    tmp_path: Path, damage: str
+) -> None:
+    out, file = tmp_path / "out", killed(tmp_path / "out", "a") / "model.safetensors"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        file.write_bytes(bytes(file.stat().st_size))
+    output = begun(out, RESUME)
+    assert output.done == {}
+    fill(output, "a", "b").commit({})
+    assert open_checkpoint(out).read("a").tobytes() == DATA["a"]
+
+
+def test_after_a_restart_of_the_machine_all_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path / "out", "a")
+    monkeypatch.setattr(module, "_boot_id", lambda: "another boot")
+    assert begun(tmp_path / "out", RESUME).done == {}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("options", [OutputOptions(), RESUME, OVERWRITE])
+def test_a_partial_directory_that_is_not_ours_is_never_touched(
+    tmp_path: Path, kind: str, options: OutputOptions
+) -> None:
+    partial, mine = tmp_path / "out.partial", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    if kind == "folder":
+        mine.rename(partial)
+    elif kind == "link":
+        partial.symlink_to(mine)
+    else:
+        partial.write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError) as error:
+        begun(tmp_path / "out", options)
+    assert str(error.value) == (
+        f"{partial}: is there, but no run of this program made it. Move it away, or name another "
+        "output."
+    )
+    assert tree(tmp_path) == before
+
+
+def test_a_replaced_directory_that_is_not_ours_is_never_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "_exchange", lambda _a, _b: False)
+    out, mine = tmp_path / "out", tmp_path / "out.replaced"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    written(out)
+    before = tree(tmp_path)
+    place.recover(out)
+    output = fill(begun(out, OVERWRITE), "a", "b")
+    with pytest.raises(OutputError) as error:
+        output.commit({})
+    output.abandon()
+    assert str(error.value) == (
+        f"{out}: the output cannot be written (Directory not empty). "
+        "Check the disk, or name another output."
+    )
+    assert tree(tmp_path) == before
+
+
+# --- the disk
+
+
+def full(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_is_met_when_the_room_is_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError) as error:
+        begun(tmp_path / "x" / "out")
+    assert str(error.value) == (
+        f"{tmp_path}/x/out.partial/model.safetensors: the file cannot be written (No space left on "
+        "device). Make room, or name another output."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["pwrite", "copy_file_range"])
+def test_a_disk_that_fills_up_is_one_line_that_names_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A compressed or copied-on-write file may need room again that it had reserved."""
+    source = tmp_path / "source"
+    source.write_bytes(DATA["a"])
+    output = begun(tmp_path / "out")
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OutputError) as error:
+        fill(output, "a") if step == "pwrite" else output.copy("a", source, 0)
+    what = "a" if step == "pwrite" else f"a, copied from {source},"
+    assert str(error.value) == (
+        f"{tmp_path}/out.partial/model.safetensors: {what} cannot be written (No space left on "
+        "device). Make room, or name another output."
+    )
+    output.abandon()
+    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_journal_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    output = begun(tmp_path / "out")
+    os.dup2(os.open("/dev/full", os.O_WRONLY), output._journal)
+    with pytest.raises(OutputError) as error:
+        fill(output, "a")
+    assert str(error.value) == (
+        f"{tmp_path}/out.partial/{JOURNAL}: the journal cannot be written (No space left on device). "
+        "Make room, or name another output."
+    )
+    output.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_side_file_that_cannot_be_copied_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    output = fill(begun(tmp_path / "out"), "a", "b")
+    with pytest.raises(OutputError) as error:
+        output.commit({"tokenizer.json": tmp_path / "gone.json"})
+    output.abandon()
+    assert str(error.value) == (
+        f"{tmp_path}/out.partial/tokenizer.json: the file cannot be written (No such file or "
+        "directory). Check the disk, or name another output."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [95, 22, 38])
+def test_a_file_system_that_cannot_reserve_room_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def cannot(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    written(tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").read("a").tobytes() == DATA["a"]
+
+
+@pytest.mark.parametrize("answer", [18, 38, 22, 95, 1, 0])
+def test_bytes_that_the_system_will_not_copy_between_two_files_are_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
+    """0: some file systems say 'nothing copied' though there is more."""
+
+    def cannot(*_: object) -> int:
+        if answer:
+            raise OSError(answer, os.strerror(answer))
+        return 0
+
+    monkeypatch.setattr(os, "copy_file_range", cannot)
+    data = np.random.default_rng(0).bytes((1 << 21) + 5)  # more than one piece
+    (tmp_path / "source").write_bytes(b"head" + data)
+    info = TensorInfo("big", "U8", (len(data),))
+    output = Output(tmp_path / "out", lay_out([info], 1 << 30, {}), "plan", OutputOptions())
+    output.copy("big", tmp_path / "source", 4)
+    output.commit({})
+    assert open_checkpoint(tmp_path / "out").read("big").tobytes() == data
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_source_that_ends_within_a_tensor_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: bool
+) -> None:
+    if fallback:
+        monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    source = tmp_path / "source"
+    source.write_bytes(DATA["a"][:20])
+    output = begun(tmp_path / "out")
+    with pytest.raises(FormatError) as error:
+        output.copy("a", source, 0)
+    output.abandon()
+    assert str(error.value) == (
+        f"{source}: ends within a: it shrank while it was read. Restore the file."
+    )
+
+
+def test_a_durable_output_is_on_the_disk_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def noted(fd: int) -> None:
+        events.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renamed)
+    written(tmp_path / "out", OutputOptions(durable=True), **{"sub/config.json": "{}"})
+    at = events.index("rename")
+    partial = tmp_path / "out.partial"
+    names = ("model.safetensors", "sub", "sub/config.json", "")
+    assert set(events[:at]) >= {str(partial / name) for name in names}
+    assert events[at + 1 :] == [str(tmp_path)]
+
+
+def test_without_durable_nothing_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fsync", calls.append)
+    written(tmp_path / "out")
+    assert calls == []
+
+
+def test_writeback_is_begun_for_each_tensor_that_has_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Libc:
+        def sync_file_range(self, _fd: int, begin: object, length: object, flags: int) -> None:
+            calls.append((begin.value, length.value, flags))
+
+    monkeypatch.setattr(_writer, "_LIBC", Libc())
+    empty = TensorInfo("empty", "F32", (0, 4))
+    (shard,) = lay_out([A, B, empty], 1 << 30, {})
+    output = Output(tmp_path / "out", [shard], "plan", OutputOptions())
+    output.record("e", {}, ["a", "b", "empty"])
+    start = len(shard.head)
+    assert calls == [(start, 32, 2), (start + 32, 6, 2)]
+    output.abandon()
