@@ -70,9 +70,9 @@ def test_quantize_reports_errors_and_bits_by_layer(base: Path, tmp_path: Path) -
     state = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [24, 16]}'
     bits = 8 * (192 + 24 + 64 + len(state)) / 384
     whole = (4 * bits * 384 + 16 * (96 + 32)) / (4 * 384 + 96 + 32)
-    numbers = f"             0 %          0         768  {bits:.3f}"
+    numbers = f"             0 %          0         768               {bits:.3f}"
     assert lines == [
-        "tensor                                        relative error  max error  parameters   bits",
+        "tensor                                        relative error  max error  parameters  bits per parameter",
         f"model.layers.{{0..1}}.mlp.down_proj.weight  x2{numbers}",
         f"model.layers.{{0..1}}.mlp.up_proj.weight    x2{numbers}",
         "",
@@ -82,7 +82,7 @@ def test_quantize_reports_errors_and_bits_by_layer(base: Path, tmp_path: Path) -
         "parameters                    1.664 K",
         "quantized parameters          1.536 K",
         f"bits per quantized parameter  {bits:.3f}",
-        f"bits                          {whole:.3f}",
+        f"bits per parameter            {whole:.3f}",
         f"size                          {whole * 1664 / 8 / 1024:.2f} KiB",
     ]
     assert last.startswith(f"wrote {tmp_path}/out in ")
