@@ -5,6 +5,9 @@ Checked against the conversion tables of transformers 5 in tests/oracles/test_la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # live path -> stored path, tried when a module is not found under its own name; a `.` ends a prefix
 RENAMES = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -35,6 +38,13 @@ CONV1D = {
     "imagegpt": ("c_attn", "c_proj", "c_fc", "q_attn"),
     "decision_transformer": ("c_attn", "c_proj", "c_fc", "q_attn"),
 }
+
+
+def is_conv1d(config: Mapping[str, Any], weight: str) -> bool:
+    """Whether transformers keeps this weight as [in, out]; bitsandbytes packs it as [out, in]."""
+    module = weight.removesuffix(".weight").rpartition(".")[2]
+    return module in CONV1D.get(str(config.get("model_type", "")), ())
+
 
 # model types whose stacked experts are [experts, in, out]
 TURNED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")

@@ -29,6 +29,7 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
@@ -126,6 +127,12 @@ KINDS = {
     "llama-tied": Kind(lambda: llama(tie_word_embeddings=True)),
     "llama-sharded": Kind(llama, saving={"max_shard_size": "20KB"}),
     "llama-nf4-sizes": Kind(llama_nf4_sizes),
+    "llama-classifier": Kind(
+        lambda: LlamaForSequenceClassification(
+            LlamaConfig(**_ATTENTION, intermediate_size=48, num_labels=3)
+        ),
+        AutoModelForSequenceClassification,
+    ),
     "gpt2": Kind(lambda: GPT2LMHeadModel(gpt2())),
     # names without `transformer.`, as the first checkpoints of GPT-2 on the hub have them
     "gpt2-headless": Kind(lambda: GPT2Model(gpt2())),
