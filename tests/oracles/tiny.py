@@ -108,7 +108,9 @@ def llava() -> PreTrainedModel:
 
 def qwen2_vl() -> PreTrainedModel:
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
-    config = Qwen2VLConfig(text_config=_ATTENTION | {"intermediate_size": 48}, vision_config=vision)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text = _ATTENTION | {"intermediate_size": 48, "rope_parameters": rope}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
     return Qwen2VLForConditionalGeneration(config)
 
 
