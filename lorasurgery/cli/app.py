@@ -5,6 +5,7 @@ convert_checkpoint.py is `lorasurgery convert-checkpoint`.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -56,9 +57,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Surgery on LoRA adapters and quantized checkpoints: file to file, streaming, with proof."""
@@ -66,4 +69,7 @@ def _root(
 
 def main() -> None:
     """What the installed script and `python -m lorasurgery` run."""
+    # tensors are worked on side by side: threads inside of numpy's products would only wait for each
+    # other. It is read when numpy is imported, which no command has done yet
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     app(prog_name="lorasurgery")

@@ -28,8 +28,8 @@ def command(
     Of a hub id only the headers are fetched. A .bin file is opened by torch, which takes seconds.
 
     Example:
-
         lorasurgery inspect HuggingFaceTB/SmolLM2-135M-Instruct
+
     """
     from lorasurgery.operations.inspect import inspect
 

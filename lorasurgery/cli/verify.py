@@ -1,4 +1,4 @@
-"""lorasurgery verify: is MERGED the base plus the adapters, and nothing else?"""
+"""The verify command: that a merged model is the base plus the adapters, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def command(
     min_retained: Annotated[
         float | None,
         typer.Option(
-            "--min-retained", show_default="0.9 for quantized weights",
+            "--min-retained",
+            show_default="0.9 for quantized weights",
             help="Exit with code 3 where less of the change is there.",
         ),
     ] = None,
@@ -47,8 +48,8 @@ def command(
     was not meant to be, in units of the change; expected is what rounding explains of it.
 
     Example:
-
         lorasurgery verify merged --base org/model --adapter my-lora
+
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.verify import VerifyOptions, insist, verify
