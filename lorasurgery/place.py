@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorasurgery.checkpoint import JOURNAL
@@ -122,19 +122,21 @@ def recover(path: Path) -> None:
     """Put right what a run has left that was killed while it replaced `path`."""
     old, new = replaced_of(path), partial_of(path)
     with _held(old) as killed:
-        if killed and path.exists():
-            clear(old)
-        elif killed:
+        if killed and not path.exists():
             os.rename(old, path)
+        elif killed and (path / JOURNAL).exists():
+            clear(old)
     with _held(path) as killed:
-        if (
-            killed and (path / JOURNAL).stat().st_size
-        ):  # the new one: the old one lies at OUT.partial
+        if not killed:
+            return
+        if (path / JOURNAL).stat().st_size:  # the new one is here: the old one may be there still
             with _held(new) as leftover:
                 if leftover:
                     clear(new)
-        if killed:
-            (path / JOURNAL).unlink()
+            for folder in (old, new):
+                with suppress(OSError):  # emptied, but killed before it was removed
+                    folder.rmdir()
+        (path / JOURNAL).unlink()
 
 
 @contextmanager

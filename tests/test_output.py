@@ -24,14 +24,15 @@ from lorasurgery.tensors import TensorInfo
 
 A, B = TensorInfo("a", "F32", (4, 2)), TensorInfo("b", "BF16", (3,))
 DATA = {"a": bytes(range(32)), "b": bytes(range(100, 106))}
-RESUME, OVERWRITE = OutputOptions(resume=True), OutputOptions(overwrite=True)
+PLAIN, RESUME = OutputOptions(), OutputOptions(resume=True)
+OVERWRITE = OutputOptions(overwrite=True)
 
 
 def shards(max_shard: int = 1 << 30) -> tuple[Shard, ...]:
     return lay_out([A, B], max_shard, {"format": "pt"})
 
 
-def begun(path: Path, options: OutputOptions = OutputOptions(), plan: str = "plan") -> Output:
+def begun(path: Path, options: OutputOptions = PLAIN, plan: str = "plan") -> Output:
     return Output(path, shards(), plan, options)
 
 
@@ -42,7 +43,7 @@ def fill(output: Output, *names: str) -> Output:
     return output
 
 
-def written(path: Path, options: OutputOptions = OutputOptions(), **files: str) -> None:
+def written(path: Path, options: OutputOptions = PLAIN, **files: str) -> None:
     fill(begun(path, options), "a", "b").commit({n: c.encode() for n, c in files.items()})
 
 
@@ -53,11 +54,15 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+def check(path: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
+    place.check_apart(path, inputs)
+    place.check_free(path, overwrite=overwrite)
+    place.check_room(path, 0)
+
+
 def refused(path: Path, *inputs: Path, overwrite: bool = False) -> str:
     with pytest.raises(OutputError) as error:
-        place.check_apart(path, inputs)
-        place.check_free(path, overwrite=overwrite)
-        place.check_room(path, 0)
+        check(path, inputs, overwrite=overwrite)
     return str(error.value)
 
 
@@ -501,33 +506,40 @@ def test_a_replaced_directory_that_is_not_ours_is_never_touched(
 # --- the disk
 
 
-@pytest.mark.parametrize("step", ["posix_fallocate", "pwrite", "copy_file_range"])
+def full(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_is_met_when_the_room_is_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError) as error:
+        begun(tmp_path / "x" / "out")
+    assert str(error.value) == (
+        f"{tmp_path}/x/out.partial/model.safetensors: the file cannot be written (No space left on "
+        "device). Make room, or name another output."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["pwrite", "copy_file_range"])
 def test_a_disk_that_fills_up_is_one_line_that_names_the_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
+    """A compressed or copied-on-write file may need room again that it had reserved."""
     source = tmp_path / "source"
     source.write_bytes(DATA["a"])
-    output = None if step == "posix_fallocate" else begun(tmp_path / "out")
-
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
+    output = begun(tmp_path / "out")
     monkeypatch.setattr(os, step, full)
     with pytest.raises(OutputError) as error:
-        output = output or begun(tmp_path / "out")
-        if step == "pwrite":
-            fill(output, "a")
-        else:
-            output.copy("a", source, 0)
-    what = {
-        "posix_fallocate": "the file", "pwrite": "a", "copy_file_range": f"a, copied from {source},"
-    }[step]  # fmt: skip
+        fill(output, "a") if step == "pwrite" else output.copy("a", source, 0)
+    what = "a" if step == "pwrite" else f"a, copied from {source},"
     assert str(error.value) == (
         f"{tmp_path}/out.partial/model.safetensors: {what} cannot be written (No space left on "
         "device). Make room, or name another output."
     )
-    if output:
-        output.abandon()
+    output.abandon()
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
 
 
@@ -612,7 +624,7 @@ def test_a_durable_output_is_on_the_disk_before_it_has_its_name_and_the_name_aft
     events, fsync, rename = [], os.fsync, os.rename
 
     def noted(fd: int) -> None:
-        events.append(os.readlink(f"/proc/self/fd/{fd}"))
+        events.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
         fsync(fd)
 
     def renamed(source: Path, target: Path) -> None:

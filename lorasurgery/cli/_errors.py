@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,10 +32,7 @@ def one_line() -> Iterator[None]:
     """Turn what a user can put right into `error: ...` and an exit code; a bug keeps its traceback."""
     try:
         yield
-        sys.stdout.flush()
     except BrokenPipeError:
-        # whoever read our output has had enough; python's own flush at exit must not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except LoraSurgeryError as error:
         _complain(str(error))
@@ -52,7 +47,7 @@ def one_line() -> Iterator[None]:
 
 def _describe(error: OSError) -> str:
     """The system's own words, the file's name, and what may help."""
-    # a file name first: a move names two, and the one that is written comes last
+    # a move names two files, and the one that is written comes last
     where = error.filename2 or error.filename
     what = error.strerror or str(error)
     advice = _WHAT_TO_DO.get(error.errno or 0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,21 @@ def emit(facts: Mapping[str, Any], text: Callable[[], str], printing: Printing) 
         part.write_text(to_json(facts) + "\n")
         os.replace(part, printing.report)
     if printing.json:
-        typer.echo(to_json(facts))
+        say(to_json(facts))
     elif not printing.quiet:
-        typer.echo(text())
+        say(text())
+
+
+def say(text: str) -> None:
+    """Print, and find out now, not at exit, whether anybody takes it: a closed pipe, a full disk."""
+    try:
+        typer.echo(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # or python's own flush at exit would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        error.filename = "stdout"
+        raise
 
 
 def to_json(facts: Mapping[str, Any]) -> str:

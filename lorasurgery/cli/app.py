@@ -40,7 +40,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 # without markup, help is plain text that fits any terminal, and [@revision] stays as it is
 _PLAIN: dict[str, Any] = {
     "add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None,

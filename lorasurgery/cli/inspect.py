@@ -23,9 +23,10 @@ def command(
     *,
     printing: Printing,
 ) -> None:
-    """Show what a checkpoint or adapter holds, from headers alone.
+    """Show what a checkpoint or adapter holds.
 
-    Of a hub id only the headers are fetched. A .bin file is opened by torch, which takes seconds.
+    Only headers are read; of a hub id they alone are fetched. A .bin file is opened by torch,
+    which takes seconds.
 
     Example:
         lorasurgery inspect HuggingFaceTB/SmolLM2-135M-Instruct

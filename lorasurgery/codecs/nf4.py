@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import CodecOptions, Packed, Rule
+from lorasurgery.codecs._nf4_state import BLOCKS, check_parts, read_state
 from lorasurgery.errors import FormatError, ValueRangeError
 from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
 
@@ -21,7 +22,6 @@ from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 _STATE = ".quant_state.bitsandbytes__"
 # the offset is known only when all scales are, but a header wants lengths before: JSON allows
@@ -46,12 +46,13 @@ def group(source: Checkpoint) -> dict[str, Packed]:
 def _packed(source: Checkpoint, name: str, kind: str) -> Packed:
     key = f"{name}{_STATE}{kind}"
     try:
-        state = json.loads(bytes(source.read(key)))
-        info = TensorInfo(name, DTYPE_NAMES[state["dtype"]], tuple(state["shape"]))
-        names = [*_part_names("nested_blocksize" in state), key[len(name) :]]
-        block = int(state["blocksize"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{source.path}: {key}: not a quantization state ({error}).") from None
+        state = read_state(bytes(source.read(key)))
+    except (ValueError, TypeError) as error:
+        raise FormatError(
+            f"{source.path}: {key}: not a quantization state ({error}). Restore the file."
+        ) from None
+    info = TensorInfo(name, DTYPE_NAMES[state["dtype"]], tuple(state["shape"]))
+    names = [*_part_names("nested_blocksize" in state), key[len(name) :]]
     missing = [name + part for part in names if name + part not in source]
     if missing:
         raise FormatError(
@@ -59,15 +60,8 @@ def _packed(source: Checkpoint, name: str, kind: str) -> Packed:
             "Restore the file."
         )
     parts = {part: source.info(name + part) for part in names}
-    want = {"": -(-info.numel // 2), ".absmax": -(-info.numel // block)}
-    for part, numel in want.items():
-        # codes may be stored as bfloat16 or float32 words of the same bytes (FSDP)
-        got = parts[part].nbytes if not part else parts[part].numel
-        if got != numel:
-            raise FormatError(
-                f"{source.path}: {name + part}: {got} entries, but {list(info.shape)} in blocks of "
-                f"{block} takes {numel}. Restore the file."
-            )
+    if wrong := check_parts(info, state, parts):
+        raise FormatError(f"{source.path}: {wrong}. Restore the file.")
     return Packed(info, "nf4", name, parts, {**state, "quant_type": kind})
 
 
@@ -164,7 +158,7 @@ def scales(packed: Packed, read: Callable[[str], Array]) -> Array:
     name, state = packed.info.name, packed.state
     absmax = read(f"{name}.absmax")
     if "nested_blocksize" not in state:
-        return absmax.astype(np.float32, copy=False)
+        return absmax.astype(np.float32)  # a copy: mapped pages are given back, and read-only
     nested, table = read(f"{name}.nested_absmax"), read(f"{name}.nested_quant_map")
     block, offset = int(state["nested_blocksize"]), np.float32(state["nested_offset"])
     if state["nested_dtype"] == "float32":

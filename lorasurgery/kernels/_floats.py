@@ -23,9 +23,19 @@ _CARRIERS: dict[np.dtype[Any], np.dtype[Any]] = {
 u2, u4, f4 = np.uint16, np.uint32, np.float32
 
 
-def carrier(array: Array) -> Array:
-    """The same memory, C-contiguous, in the type that kernels read it by."""
-    return np.ascontiguousarray(array).view(_CARRIERS[array.dtype])
+def source(array: Array) -> Array:
+    """An input: the same memory, C-contiguous, in the type that kernels read it by.
+
+    Read-only, as what comes from a file is, so that numba compiles one form and not two.
+    """
+    view = np.ascontiguousarray(array).view(_CARRIERS.get(array.dtype, array.dtype))
+    view.flags.writeable = False
+    return view
+
+
+def target(array: Array) -> Array:
+    """An output, freshly made: the same memory in the type that kernels write it by."""
+    return array.view(_CARRIERS.get(array.dtype, array.dtype))
 
 
 def load(x: Any) -> Any:

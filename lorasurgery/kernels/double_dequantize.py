@@ -78,10 +78,10 @@ def reference(
 def cpu(q: Array, nested: Array, offset: Any, block: int = 256, table: Array = TABLE) -> Array:
     """The same in numba."""
     from lorasurgery.kernels._double_cpu import dequantize
+    from lorasurgery.kernels._floats import source
 
     out = np.empty(len(q), np.float32)
-    call = [np.ascontiguousarray(x) for x in (q, nested, table)]
-    dequantize(call[0], call[1], np.float32(offset), block, call[2], out)
+    dequantize(source(q), source(nested), np.float32(offset), block, source(table), out)
     return out
 
 

@@ -67,8 +67,9 @@ def reference(absmax: Tensor, threads: int = THREADS) -> tuple[Tensor, Tensor, T
 def cpu(absmax: Array, threads: int = THREADS) -> tuple[Array, Array, np.float32]:
     """The same in numba, which sums in torch's order."""
     from lorasurgery.kernels._double_cpu import mean, quantize
+    from lorasurgery.kernels._floats import source
 
-    absmax = np.ascontiguousarray(absmax)
+    absmax = source(absmax)
     q, nested = np.empty(len(absmax), np.uint8), np.empty(-(-len(absmax) // BLOCK), np.float32)
     offset = np.float32(mean(absmax, threads))
     quantize(absmax, offset, BLOCK, positions(), q, nested)

@@ -51,10 +51,11 @@ def reference(a: Tensor, b: Tensor) -> Tensor:
 
 def cpu(a: Array, b: Array) -> Array:
     """The same in numba."""
+    from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._lora_cpu import delta
 
     out = np.empty((b.shape[0], a.shape[1]), np.float32)
-    delta(np.ascontiguousarray(a), np.ascontiguousarray(b), out)
+    delta(source(a), source(b), out)
     return out
 
 

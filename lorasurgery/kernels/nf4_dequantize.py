@@ -92,12 +92,11 @@ def reference(
 
 def cpu(codes: Array, absmax: Array, block: int, n: int, dtype: Any, table: Array) -> Array:
     """The same in numba."""
-    from lorasurgery.kernels._floats import carrier
+    from lorasurgery.kernels._floats import source, target
     from lorasurgery.kernels._nf4_cpu import dequantize
 
     out = np.empty(n, dtype)
-    codes, absmax = np.ascontiguousarray(codes), np.ascontiguousarray(absmax)
-    dequantize(codes, absmax, block, pairs(table.tobytes()), carrier(out))
+    dequantize(source(codes), source(absmax), block, pairs(table.tobytes()), target(out))
     return out
 
 

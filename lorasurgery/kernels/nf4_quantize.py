@@ -81,13 +81,13 @@ def cpu(
     flat: Array, block: int, absmax: Array | None = None, seed: int | None = None, offset: int = 0
 ) -> tuple[Array, Array]:
     """The same in numba, in one pass."""
-    from lorasurgery.kernels._floats import carrier
+    from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._nf4_cpu import quantize, quantize_by_chance
 
     keep = absmax is not None
-    scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax
+    scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax.copy()
     codes = np.empty(-(-len(flat) // 2), np.uint8)
-    call = carrier(flat), block, NF4, keep, np.ascontiguousarray(scales), codes
+    call = source(flat), block, NF4, keep, scales, codes
     if seed is None:
         quantize(*call)
     else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorasurgery.arrays import Array
+from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.codec import Codec, CodecOptions, Packed, Rule
 from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.kernels import lora_delta, lora_merge
@@ -91,7 +91,7 @@ def _encode(step: Step, task: Task, target: Packed, change: LowRank) -> _Encoded
     seed = task.rounding.of(task.name) if task.policy == "stochastic" else None
     for start, tile in step.tiles(task.values.checkpoint, task.values.name, _multiple(task)):
         [(_, a, b)] = change.tiles(start, start + len(tile))
-        wanted, *_ = lora_merge.run(tile, a, b, np.float32)
+        wanted, *_ = lora_merge.run(tile, a, b, NUMPY["F32"])
         begin, end = start * tile.shape[1], (start + len(tile)) * tile.shape[1]
         kept = None if scales is None else _blocks(scales, begin, end, task.codec, target)
         rule = Rule(absmax=kept, seed=seed, offset=begin)
@@ -135,7 +135,7 @@ def _lost(step: Step, task: Task, encoded: _Encoded, change: LowRank) -> Array:
     parts = []
     for start, base, got in _decoded(step, task, encoded):
         [(_, a, b)] = change.tiles(start, start + len(base))
-        wanted, *_ = lora_merge.run(base, a, b, np.float32)
+        wanted, *_ = lora_merge.run(base, a, b, NUMPY["F32"])
         parts.append(wanted - got)
     return np.concatenate(parts)
 

@@ -17,7 +17,7 @@ import blake3
 import numpy as np
 import zstandard
 
-from lorasurgery.arrays import Array, as_bytes
+from lorasurgery.arrays import NUMPY, Array, as_bytes
 from lorasurgery.codec import Packed, Rule
 from lorasurgery.kernels import lora_merge
 from lorasurgery.model import Model
@@ -43,7 +43,7 @@ def predict(merged: Array, a: Array, b: Array, dtype: Any) -> Array:
 
 def predict_codes(merged: Array, a: Array, b: Array, packed: Packed, absmax: Array) -> Array:
     """The same for a quantized base whose scales are known: codes uint8 of merged - B A."""
-    before, *_ = lora_merge.run(merged, a, -b, np.float32)
+    before, *_ = lora_merge.run(merged, a, -b, NUMPY["F32"])
     codes, _ = codec_of(packed.codec).encode(before.reshape(-1), packed, Rule(absmax=absmax))
     return codes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lorasurgery import plugins
 from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.errors import ValueRangeError
+from lorasurgery.formats._writer import Shard, lay_out
 from lorasurgery.model import Model, open_model, with_dtype
 from lorasurgery.surgery import (
     Edit,
@@ -41,8 +43,6 @@ def convert_checkpoint(
     kind = dtype or ("BF16" if decoded else None)
     kept = packed_parts(model)
     edits = tuple(cast_edit(model.stored, n, None if n in kept else kind) for n in model.stored)
-    unlike = sum(model.stored.info(n).dtype != kind for n in kept)
-    note = f"{unlike} tensors of quantized weights are copied as they are, not cast to {kind}"
     plan = Plan(
         "convert-checkpoint",
         {"source": source},
@@ -50,9 +50,19 @@ def convert_checkpoint(
         edits,
         _files(model, kind),
         cast_total,
-        notes=(note,) if kind and unlike else (),
+        shards=_adapter_file(model, edits),
+        notes=(*_left_packed(model, kept, kind), *_remarks(model)),
     )
     return run(plan, output, how) if output else rehearse(plan, how)
+
+
+def _adapter_file(model: Model, edits: tuple[Edit, ...]) -> tuple[Shard, ...] | None:
+    """The one file in which PEFT looks for an adapter's weights; None for a model."""
+    if not model.stored.path.name.startswith("adapter_model."):
+        return None
+    infos = [info for edit in edits for info in edit.targets]
+    (shard,) = lay_out(infos, 1 << 62, {"format": "pt"})
+    return (replace(shard, file="adapter_model.safetensors"),)
 
 
 # what quantized weights are packed in; integers of 16 bits and more are that in GPTQ and AWQ alone
@@ -92,15 +102,22 @@ def cast_edit(source: Checkpoint, name: str, dtype: str | None) -> Edit:
         for _, tile in step.tiles(source, name):
             cast = _cast(name, tile, dtype)
             step.append(name, cast)
-            was = tile.astype(wide, copy=False)
-            e, n = square(cast.astype(wide) - was), square(was)
-            if not math.isfinite(n):  # nan and inf stay what they are, and have no error
-                finite = was[np.isfinite(was)].astype(np.float64)
-                e, n = square(cast[np.isfinite(was)].astype(np.float64) - finite), square(finite)
+            e, n = _error(tile.astype(wide, copy=False), cast.astype(wide, copy=False))
             error2, norm2 = error2 + e, norm2 + n
         return {"error2": error2, "norm2": norm2, "relative_error": ratio(error2, norm2)}
 
     return Edit(name, (target,), apply)
+
+
+def _error(was: Array, now: Array) -> tuple[float, float]:
+    """The sums of squares of the difference and of what was; nan and inf stay, and have no error."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        error2, norm2 = square(now - was), square(was)
+    if math.isfinite(norm2):
+        return error2, norm2
+    finite = np.isfinite(was)
+    was, now = was[finite].astype(np.float64), now[finite].astype(np.float64)
+    return square(now - was), square(was)
 
 
 def _cast(name: str, tile: Array, dtype: str) -> Array:
@@ -133,6 +150,20 @@ def square(x: Array) -> float:
 def ratio(error2: float, norm2: float) -> float:
     """||error|| / ||whole||, 0 for nothing at all."""
     return math.sqrt(error2 / norm2) if norm2 else 0.0
+
+
+def _left_packed(model: Model, kept: set[str], kind: str | None) -> tuple[str, ...]:
+    unlike = sum(model.stored.info(n).dtype != kind for n in kept)
+    if not kind or not unlike:
+        return ()
+    return (f"{unlike} tensors of quantized weights are copied as they are, not cast to {kind}",)
+
+
+def _remarks(model: Model) -> tuple[str, ...]:
+    """What a GGUF header cannot say, so that the directory lacks it."""
+    if model.stored.path.suffix != ".gguf":
+        return ()
+    return tuple(plugins.load("formats", "gguf").remarks(model.stored))
 
 
 def _files(model: Model, dtype: str | None) -> dict[str, bytes | Path]:

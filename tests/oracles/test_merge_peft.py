@@ -126,6 +126,18 @@ def test_two_adapters_at_once_are_peft_merging_one_after_the_other(
     torch.testing.assert_close(outputs(found), outputs(wanted), **CLOSE)
 
 
+def test_two_adapters_of_one_embedding_add_up_though_each_brings_a_copy_of_the_base(
+    bases: Bases, tmp_path: Path
+) -> None:
+    base, targets = bases("llama"), ["embed_tokens", "lm_head"]
+    first = make_adapter(base, tmp_path / "first", target_modules=targets)
+    second = make_adapter(base, tmp_path / "second", seed=2, r=4, target_modules=targets)
+    copy = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert torch.equal(tensors(first)[copy], tensors(second)[copy])
+    done("merge", base.path, f"{first}:0.5", second, "-o", tmp_path / "merged")
+    same_weights(base.load(tmp_path / "merged"), merged_by_peft(base, (first, 0.5), (second, 1.0)))
+
+
 def test_two_adapters_of_fused_experts_add_up(bases: Bases, tmp_path: Path) -> None:
     base = bases("mixtral")
     first = make_adapter(base, tmp_path / "first", **STACK)

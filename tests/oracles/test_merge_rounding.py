@@ -11,64 +11,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import (
-    ALPHA,
     RANK,
+    SCALE,
     Base,
+    changes,
     done,
-    factors,
     make_adapter,
     merged_by_peft,
     outputs,
+    retained,
+    rounded_once,
     same_weights,
+    shrink,
     surgery,
     tensors,
 )
-from torch import Tensor
 
 Bases = Callable[..., Base]
-SCALE = ALPHA / RANK
-
-
-def changes(adapter: Path, scale: float = SCALE) -> dict[str, Tensor]:
-    """s · B A in float64 by the weight's name: exact, as far as float32 sums are concerned."""
-    return {
-        f"{module}.weight": scale * b.double() @ a.double()
-        for module, (a, b) in factors(adapter).items()
-    }
-
-
-def rounded_once(found: Tensor, w: Tensor, delta: Tensor) -> None:
-    """No farther from the exact sum than the nearest value, but for the error of float32 products."""
-    exact = w.double() + delta
-    nearest = exact.to(found.dtype).double()
-    # RANK products and as many sums, each off by at most 2^-24 of the largest term
-    slack = 2.0**-21 * (w.double().abs() + delta.abs() + delta.abs().max())
-    too_far = (found.double() - exact).abs() > (nearest - exact).abs() + slack
-    assert not too_far.any(), f"{int(too_far.sum())} of {found.numel()}"
-
-
-def shrink(adapter: Path, base: Base, part: float) -> Path:
-    """Scale B so that each change has this part of its weight's norm."""
-    stored, weights = tensors(adapter), tensors(base.path)
-    for name, delta in changes(adapter).items():
-        key = f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"
-        stored[key] = stored[key] * (part * weights[name].double().norm() / delta.norm())
-    save_file(
-        {name: t.float() for name, t in stored.items()},
-        adapter / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
-    return adapter
-
-
-def retained(
-    before: dict[str, Tensor], after: dict[str, Tensor], delta: dict[str, Tensor]
-) -> float:
-    """<W' - W, D> / <D, D> over all weights."""
-    got = sum(
-        ((after[name].double() - before[name].double()) * d).sum() for name, d in delta.items()
-    )
-    return float(got / sum((d * d).sum() for d in delta.values()))
 
 
 @pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -121,6 +121,21 @@ def test_untied_by_two_equal_adapters_the_merged_model_is_the_trained_one(
     torch.testing.assert_close(outputs(found), outputs(trained), rtol=1e-5, atol=1e-5)
 
 
+def test_two_equal_adapters_of_a_tied_pair_are_merged_once_into_the_shared_tensor(
+    bases: Bases, tmp_path: Path
+) -> None:
+    # the one place where the default is not PEFT's: its merge adds the change twice
+    base = bases("llama-tied")
+    adapter = make_adapter(base, tmp_path / "adapter", **BOTH, ensure_weight_tying=True)
+    done("merge", base.path, adapter, "-o", tmp_path / "merged")
+    name = "model.embed_tokens.weight"
+    w = tensors(base.path)[name]
+    once = tensors(tmp_path / "merged")[name] - w
+    twice = merged_by_peft(base, (adapter, 1.0)).get_input_embeddings().weight - w
+    assert once.norm() > 0.1
+    torch.testing.assert_close(2 * once, twice.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "name", ["LoRA on the embedding", "LoRA on the head", "a whole head", "a whole embedding"]
 )

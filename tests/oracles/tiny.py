@@ -5,14 +5,14 @@ Sizes hide nothing: in != out wherever the architecture allows, alpha != rank, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -41,6 +41,7 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 VOCAB, RANK, ALPHA = 72, 3, 5.0
+SCALE = ALPHA / RANK
 TOKENS = torch.tensor([[1, 5, 71, 17, 17, 40, 33], [2, 2, 9, 64, 0, 12, 8]])
 _ATTENTION: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -258,7 +259,43 @@ def same_weights(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
         torch.testing.assert_close(found[name], w, rtol=1e-6, atol=1e-6, msg=name)
 
 
-def changed(names: Iterable[str], before: PreTrainedModel, after: PreTrainedModel) -> list[str]:
-    """Which of these parameters differ."""
-    old, new = dict(before.named_parameters()), dict(after.named_parameters())
-    return [name for name in names if not torch.equal(old[name], new[name])]
+def changes(adapter: Path, scale: float = SCALE) -> dict[str, Tensor]:
+    """s · B A in float64 by the weight's name: exact, as far as float32 sums are concerned."""
+    return {
+        f"{module}.weight": scale * b.double() @ a.double()
+        for module, (a, b) in factors(adapter).items()
+    }
+
+
+def rounded_once(found: Tensor, w: Tensor, delta: Tensor) -> None:
+    """No farther from the exact sum than the nearest value, but for the error of float32 products."""
+    exact = w.double() + delta
+    nearest = exact.to(found.dtype).double()
+    # RANK products and as many sums, each off by at most 2^-24 of the largest term
+    slack = 2.0**-21 * (w.double().abs() + delta.abs() + delta.abs().max())
+    too_far = (found.double() - exact).abs() > (nearest - exact).abs() + slack
+    assert not too_far.any(), f"{int(too_far.sum())} of {found.numel()}"
+
+
+def shrink(adapter: Path, base: Base, part: float) -> Path:
+    """Scale B so that each change has this part of its weight's norm."""
+    stored, weights = tensors(adapter), tensors(base.path)
+    for name, delta in changes(adapter).items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"
+        stored[key] = stored[key] * (part * weights[name].double().norm() / delta.norm())
+    save_file(
+        {name: t.float() for name, t in stored.items()},
+        adapter / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    return adapter
+
+
+def retained(
+    before: dict[str, Tensor], after: dict[str, Tensor], delta: dict[str, Tensor]
+) -> float:
+    """<W' - W, D> / <D, D> over all weights."""
+    got = sum(
+        ((after[name].double() - before[name].double()) * d).sum() for name, d in delta.items()
+    )
+    return float(got / sum((d * d).sum() for d in delta.values()))
