@@ -11,8 +11,8 @@ def command(base: Base, dtype: Dtype = "auto", *, writing: Writing, printing: Pr
     """Rewrite GGUF, .bin or safetensors as safetensors.
 
     Example:
-        lorasurgery convert-checkpoint model.gguf -o model --dtype bfloat16
 
+        lorasurgery convert-checkpoint model.gguf -o model --dtype bfloat16
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.convert_checkpoint import convert_checkpoint

@@ -11,8 +11,8 @@ def command(base: Base, dtype: Dtype = "auto", *, writing: Writing, printing: Pr
     """Write an NF4 or FP4 model as a plain one.
 
     Example:
-        lorasurgery dequantize model-nf4 -o model-bf16 --dtype bfloat16
 
+        lorasurgery dequantize model-nf4 -o model-bf16 --dtype bfloat16
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.dequantize import dequantize

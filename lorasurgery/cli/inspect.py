@@ -29,8 +29,8 @@ def command(
     which takes seconds.
 
     Example:
-        lorasurgery inspect HuggingFaceTB/SmolLM2-135M-Instruct
 
+        lorasurgery inspect HuggingFaceTB/SmolLM2-135M-Instruct
     """
     from lorasurgery.operations.inspect import inspect
 

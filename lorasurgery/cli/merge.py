@@ -39,8 +39,7 @@ def command(
     min_retained: Annotated[
         float | None,
         typer.Option(
-            "--min-retained",
-            show_default="0.9 with --requantize",
+            "--min-retained", show_default="0.9 with --requantize",
             help="Stop with exit code 3 where less of the change is kept.",
         ),
     ] = None,
@@ -60,8 +59,8 @@ def command(
     """Add adapters to a base, and say what was kept of them.
 
     Example:
-        lorasurgery merge org/model my-lora -o merged --undo merged.undo
 
+        lorasurgery merge org/model my-lora -o merged --undo merged.undo
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations._merge_edits import Rounding

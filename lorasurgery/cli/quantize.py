@@ -28,8 +28,8 @@ def command(
     """Quantize linear weights to NF4, as bitsandbytes would.
 
     Example:
-        lorasurgery quantize org/model -o model-nf4
 
+        lorasurgery quantize org/model -o model-nf4
     """
     from lorasurgery.codec import CodecOptions
     from lorasurgery.model import resolve

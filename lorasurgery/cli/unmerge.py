@@ -18,9 +18,7 @@ def command(
     ],
     undo: Annotated[
         Path | None,
-        typer.Option(
-            "--undo", metavar="FILE", help="What merge --undo wrote: exact, byte for byte."
-        ),
+        typer.Option("--undo", metavar="FILE", help="What merge --undo wrote: exact, byte for byte."),
     ] = None,
     tied: Annotated[
         Literal["auto", "shared", "untie"],
@@ -36,12 +34,14 @@ def command(
     Byte for byte with the undo file, to rounding without it.
 
     Example:
-        lorasurgery unmerge merged my-lora -o base --undo merged.undo
 
+        lorasurgery unmerge merged my-lora -o base --undo merged.undo
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.unmerge import UnmergeOptions, unmerge
 
     source = resolve(merged)
     options = UnmergeOptions(undo, tied, tuple(allow_unmatched or ()))
-    carry_out(lambda output, how: unmerge(source, adapter, output, options, how), writing, printing)
+    carry_out(
+        lambda output, how: unmerge(source, adapter, output, options, how), writing, printing
+    )

@@ -30,8 +30,7 @@ def command(
     min_retained: Annotated[
         float | None,
         typer.Option(
-            "--min-retained",
-            show_default="0.9 for quantized weights",
+            "--min-retained", show_default="0.9 for quantized weights",
             help="Exit with code 3 where less of the change is there.",
         ),
     ] = None,
@@ -48,8 +47,8 @@ def command(
     was not meant to be, in units of the change; expected is what rounding explains of it.
 
     Example:
-        lorasurgery verify merged --base org/model --adapter my-lora
 
+        lorasurgery verify merged --base org/model --adapter my-lora
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.verify import VerifyOptions, insist, verify
