@@ -5,6 +5,7 @@ convert_checkpoint.py is `lorasurgery convert-checkpoint`.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -66,4 +67,7 @@ def _root(
 
 def main() -> None:
     """What the installed script and `python -m lorasurgery` run."""
+    # tensors are worked on side by side: threads inside of numpy's products would only wait for each
+    # other. It is read when numpy is imported, which no command has done yet
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     app(prog_name="lorasurgery")

@@ -1,4 +1,4 @@
-"""lorasurgery verify: is MERGED the base plus the adapters, and nothing else?"""
+"""The verify command: that a merged model is the base plus the adapters, and nothing else."""
 
 from __future__ import annotations
 

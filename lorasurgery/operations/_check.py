@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from lorasurgery.layouts import EMBEDDINGS, HEADS
 from lorasurgery.operations._causes import diagnose
 from lorasurgery.operations._compare import differing, differing_parts, differing_whole
 from lorasurgery.operations._expected import Expected
@@ -19,7 +20,7 @@ from lorasurgery.tensors import FLOATS
 class Finding:
     """What became of one tensor. Numbers are relative to ||D||, None where no change was intended.
 
-    role: adapted, added (a bias), replaced, requantized, untouched, missing or extra.
+    role: adapted, added (a bias), replaced, requantized, untouched, tied (left out), missing or extra.
     """
 
     tensor: str
@@ -40,7 +41,9 @@ class Finding:
 def check(expected: Expected, name: str, least: float) -> Finding:
     """Compare one tensor, named as in the merged model; `least` must be kept of a change in codes."""
     if name not in expected.merged.weights:
-        return Finding(name, "missing", holds=False, cause="missing: the base has it")
+        twin = _is_twin(expected, name)
+        cause = "" if twin else "missing: the base has it"
+        return Finding(name, "tied" if twin else "missing", holds=twin, cause=cause)
     source = expected.source(name)
     if name in expected.replaced:
         return _replaced(expected, name, source)
@@ -58,6 +61,16 @@ def check(expected: Expected, name: str, least: float) -> Finding:
         cause = "config.json ties it to the embedding, so that it is never read"
         return replace(finding, holds=False, cause=f"{cause}: tie_word_embeddings must be false")
     return finding
+
+
+def _is_twin(expected: Expected, name: str) -> bool:
+    """Whether a head may be left out: the base stores its embedding twice, and the config ties them."""
+    base = expected.base.weights
+    embedding = next((n for n in base if n.endswith(EMBEDDINGS)), None)
+    if not name.endswith(HEADS) or embedding is None or not _tied_by_config(expected):
+        return False
+    same = replace(base.info(name), name=embedding) == base.info(embedding)
+    return name not in expected.changed and same and not differing(base, name, base, embedding)
 
 
 def _role(expected: Expected, name: str) -> str:
@@ -101,9 +114,10 @@ def _changed(expected: Expected, name: str, source: str, least: float) -> Findin
             cause = f"changed in {count} of {numel} elements, though no adapter touches it"
             return Finding(name, role, holds=False, cause=cause)
         role, change = "requantized", LowRank.nothing(merged.info(name))
-    if merged.info(name).dtype not in FLOATS:
-        cause = f"is {merged.info(name).dtype}, in which no change is understood"
-        return Finding(name, role, holds=False, cause=cause)
+    for dtype in (base.info(source).dtype, merged.info(name).dtype):
+        if dtype not in FLOATS:
+            cause = f"is {dtype}, in which no change is understood"
+            return Finding(name, role, holds=False, cause=cause)
     pair = Pair(base, source, merged, name)
     residual = expected.residual.get(name)
     found = measure(pair, change, residual.change() if residual else None)

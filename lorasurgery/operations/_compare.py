@@ -7,9 +7,13 @@ import numpy as np
 from lorasurgery.arrays import NUMPY, Array, as_bytes
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.edit import tile_rows
-from lorasurgery.surgery import TILE_BYTES
 from lorasurgery.targets import Whole
 from lorasurgery.weights import Weights
+
+# from 128 KiB on, malloc would map and unmap the result of each comparison
+_TILE = 64 << 10
+# after so many tiles the pages that were read may go
+_RELEASE = 512
 
 
 def differing(one: Checkpoint, old: str, two: Checkpoint, new: str) -> int:
@@ -20,8 +24,11 @@ def differing(one: Checkpoint, old: str, two: Checkpoint, new: str) -> int:
     info, count = two.info(new), 0
     rows = info.shape[0] if info.shape else 1
     # what has no numpy form is read whole, as bytes
-    step = tile_rows(info, 1, TILE_BYTES) if info.dtype in NUMPY else max(1, rows)
+    step = tile_rows(info, 1, _TILE) if info.dtype in NUMPY else max(1, rows)
     for start in range(0, rows, step):
+        if start // step % _RELEASE == _RELEASE - 1:
+            one.release(old)
+            two.release(new)
         before, after = one.read(old, start, start + step), two.read(new, start, start + step)
         if before.dtype != after.dtype:
             before = before.astype(after.dtype)

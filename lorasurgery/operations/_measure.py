@@ -10,7 +10,7 @@ import numpy as np
 from lorasurgery.arrays import NUMPY, Array
 from lorasurgery.kernels import lora_delta
 from lorasurgery.operations._pairs import Grid, Pair, Tile
-from lorasurgery.operations._subspace import Subspace, square
+from lorasurgery.operations._subspace import Subspace, product, square
 from lorasurgery.targets import LowRank
 
 # explicit bits of the significand, and the distance of the smallest numbers
@@ -81,7 +81,7 @@ def measure(pair: Pair, change: LowRank, residual: LowRank | None = None) -> Mea
             done += lora_delta.run(residual.a[tile.expert], residual.b[tile.expert, rows])
         error = done - d
         found.numel += d.size
-        found.signal += float(np.dot(done.reshape(-1), d.reshape(-1)))
+        found.signal += product(done, d)
         found.power += square(d)
         found.change2 += square(done)
         found.noise2 += square(error)

@@ -10,12 +10,14 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.codec import Packed, Rule
-from lorasurgery.surgery import TILE_BYTES
 from lorasurgery.targets import LowRank
 from lorasurgery.weights import Weights, codec_of
 
-# about ten float32 arrays of this many elements are alive in each thread
-_ELEMENTS = TILE_BYTES // 8
+# a dozen float32 arrays of this size are made and dropped for each tile: from 128 KiB on, malloc
+# would map and unmap every one of them, which took five times as long as the arithmetic
+_ELEMENTS = 16 << 10
+# pages of the files that were read need not stay
+_RELEASE = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,8 @@ class Pair:
         block = codec_of(self.packed.codec).multiple(self.packed) if self.packed else 1
         unit = block // gcd(columns, block)
         step = max(unit, _ELEMENTS // max(1, columns) // unit * unit)
+        rows, read = change.b.shape[1], 0
         for n in range(len(change.a)):
-            rows = change.b.shape[1]
             for row in range(0, rows, step):
                 b = change.b[n, row : row + step]
                 w, merged = (
@@ -63,6 +65,10 @@ class Pair:
                     n, row, (n * rows + row) * columns, w.astype(np.float32, copy=False), merged,
                     change.a[n], b,
                 )  # fmt: skip
+                read += merged.nbytes
+                if read > _RELEASE and not self.packed and self.old not in self.base.packed:
+                    read = 0
+                    self.release()
 
     def release(self) -> None:
         self.base.release(self.old)

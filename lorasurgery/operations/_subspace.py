@@ -11,24 +11,36 @@ import numpy as np
 from lorasurgery.arrays import Array
 from lorasurgery.targets import LowRank
 
+# of a batch of rows: products of fewer would be slow
+_ELEMENTS = 256 << 10
+
 
 class Subspace:
     """Takes E in rows, one expert after another, and holds the bases of one expert alone."""
 
     def __init__(self, change: LowRank) -> None:
         self._change, self._expert = change, -1
+        columns = change.a.shape[2]
+        # rows are gathered for larger products
+        self._rows = np.empty((max(1, _ELEMENTS // columns), columns), np.float32)
+        self._first = self._filled = 0
         self.energy = self.inside = 0.0
 
     def add(self, expert: int, row: int, error: Array) -> None:
-        """E float32 [rows, columns] from `row` of this expert's matrix on."""
+        """E float32 [rows, columns] from `row` of this expert's matrix on; rows come in order."""
         if expert != self._expert:
             self._close()
             self._open(expert)
-        left = self._u[row : row + len(error)].T @ error  # [k, columns]
-        right = error @ self._v  # [rows, k]
-        self._left += left
-        self.energy += square(error)
-        self.inside += square(right)
+        done = 0
+        while done < len(error):
+            if self._filled == len(self._rows):
+                self._flush()
+            if not self._filled:
+                self._first = row + done
+            part = error[done : done + len(self._rows) - self._filled]
+            self._rows[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            done += len(part)
 
     def finish(self) -> tuple[float, float]:
         """Inside² and outside² of all that was added."""
@@ -43,8 +55,16 @@ class Subspace:
         # rows come by the ten thousand: float32 sums would lose what is small
         self._left = np.zeros((self._u.shape[1], self._v.shape[0]))
 
+    def _flush(self) -> None:
+        error = self._rows[: self._filled]
+        self._left += self._u[self._first : self._first + self._filled].T @ error  # [k, columns]
+        self.energy += square(error)
+        self.inside += square(error @ self._v)  # [rows, k]
+        self._filled = 0
+
     def _close(self) -> None:
         if self._expert >= 0:
+            self._flush()
             self.inside += square(self._left) - square(self._left @ self._v)
         self._expert = -1
 
@@ -62,5 +82,9 @@ def basis(factor: Array) -> Array:
 
 def square(x: Array) -> float:
     """The sum of squares."""
-    flat = x.reshape(-1)
-    return float(np.dot(flat, flat))
+    return product(x, x)
+
+
+def product(x: Array, y: Array) -> float:
+    """The sum of x y, in float64; BLAS would sum in float32, and with threads of its own."""
+    return float(np.multiply(x, y).sum(dtype=np.float64))

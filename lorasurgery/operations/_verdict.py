@@ -45,8 +45,8 @@ class Facts:
 def judge_floats(found: Measure, delta_error: float) -> Judged:
     """16 or 32 bits. `delta_error`: the relative error that D itself may have before rounding."""
     chance = found.chance
-    # of so many doubtful elements each may fall on either side
-    allowed = found.excused + 6 * math.sqrt(found.excused) + 2
+    # of so many doubtful elements each may fall on either side; without a change there is no doubt
+    allowed = found.excused + 6 * math.sqrt(found.excused) + (2 if found.power else 0)
     if not math.isfinite(found.noise2) or found.far:
         return Judged("", found.nearest2)
     if found.differing <= allowed:

@@ -129,7 +129,7 @@ def _total(findings: Sequence[Finding]) -> dict[str, float]:
     signal, noise2 = sum(f.signal for f in findings), sum(f.noise2 for f in findings)
     return {
         "tensors": len(findings),
-        "changed": sum(f.role not in ("untouched", "missing", "extra") for f in findings),
+        "changed": sum(f.role not in ("untouched", "tied", "missing", "extra") for f in findings),
         "retained": signal / power if power else 1.0,
         "noise": math.sqrt(noise2 / power) if power else 0.0,
         "wrong": sum(not f.holds for f in findings),
