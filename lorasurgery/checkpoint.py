@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # holds the finished edits of a directory that is being written
 JOURNAL = ".journal.jsonl"
+# holds what edits leave for the plan's end, until all is complete
+SCRATCH = ".scratch"
 # is written last: what was done, and how it went
 MANIFEST = "surgery.json"
 

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorasurgery.checkpoint import JOURNAL
+from lorasurgery.checkpoint import JOURNAL, SCRATCH
 from lorasurgery.errors import OutputError
 
 _SLACK = 16 << 20  # directory entries, the index, the undo's header
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_of(path: Path) -> Path:
@@ -85,7 +85,7 @@ def writing(where: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "Make room" if error.errno in _FULL else "Check the disk"
+        advice = "Make room" if error.errno in FULL else "Check the disk"
         raise OutputError(
             f"{where}: {what} cannot be written ({error.strerror}). "
             f"{advice}, or name another output."
@@ -133,6 +133,7 @@ def recover(path: Path) -> None:
             with _held(new) as leftover:
                 if leftover:
                     clear(new)
+            shutil.rmtree(path / SCRATCH, ignore_errors=True)
             for folder in (old, new):
                 with suppress(OSError):  # emptied, but killed before it was removed
                     folder.rmdir()
