@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from forked import as_nobody
 
 from lorasurgery.checkpoint import Checkpoint, open_checkpoint, open_file, weight_files
 from lorasurgery.errors import FormatError
 from lorasurgery.model import open_model, with_dtype
 from lorasurgery.weights import Weights
+from tests.forked import as_nobody
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

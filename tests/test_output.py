@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from forked import as_nobody
 
 from lorasurgery import output as module
 from lorasurgery import place
@@ -21,6 +20,7 @@ from lorasurgery.formats import _writer
 from lorasurgery.formats._writer import Shard, lay_out
 from lorasurgery.output import INDEX, Output, OutputOptions
 from lorasurgery.tensors import TensorInfo
+from tests.forked import as_nobody
 
 A, B = TensorInfo("a", "F32", (4, 2)), TensorInfo("b", "BF16", (3,))
 DATA = {"a": bytes(range(32)), "b": bytes(range(100, 106))}
