@@ -96,7 +96,7 @@ def lock(folder: Path) -> int | None:
     """Hold a directory's journal, made if need be; None if another run holds it."""
     fd = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(fd)
         # the other run may have ended, and taken its file away, since it was opened here
         if os.path.samestat(os.fstat(fd), (folder / JOURNAL).stat()):
             return fd
@@ -106,6 +106,15 @@ def lock(folder: Path) -> int | None:
             raise
     os.close(fd)
     return None
+
+
+def _flock(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # some cluster file systems lock nothing: two runs at once are the user's to avoid there
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def clear(folder: Path, *, keep: bool = False) -> None:

@@ -449,6 +449,39 @@ def test_packed_weights_decode_to_the_dtype_that_is_asked(
     np.testing.assert_array_equal(weights.read("q.weight"), want)
 
 
+class Watched:
+    """A checkpoint that notes what is released."""
+
+    def __init__(self, stored: Checkpoint) -> None:
+        self._stored, self.released = stored, []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stored, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def release(self, name: str) -> None:
+        self.released.append(name)
+        self._stored.release(name)
+
+
+def test_the_codes_of_a_large_packed_weight_are_given_back_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped pages count as memory until then; the window is 128 weights here."""
+    monkeypatch.setattr("lorasurgery.weights._WINDOW", 128)
+    want = packed(tmp_path).astype(ml_dtypes.bfloat16)
+    stored = Watched(open_checkpoint(tmp_path))
+    weights = Weights(stored)
+    for row in range(13):
+        np.testing.assert_array_equal(weights.read("q.weight", row, row + 1), want[row : row + 1])
+    assert 2 <= stored.released.count("q.weight") <= 5
+
+
 def test_a_released_weight_can_be_read_again(tmp_path: Path) -> None:
     packed(tmp_path)
     weights = Weights(open_checkpoint(tmp_path))

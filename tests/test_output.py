@@ -357,6 +357,20 @@ def test_a_run_that_waits_at_the_door_does_not_get_an_output_that_was_just_finis
     assert list(tree(tmp_path)) == ["out/model.safetensors"]
 
 
+@pytest.mark.parametrize("code", [38, 37, 95, 22])
+def test_a_file_system_that_locks_nothing_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def cannot(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(place.fcntl, "flock", cannot)
+    written(tmp_path / "out")
+    written(tmp_path / "out", OVERWRITE)
+    assert open_checkpoint(tmp_path / "out").read("a").tobytes() == DATA["a"]
+    assert list(tree(tmp_path)) == ["out/model.safetensors"]
+
+
 def killed(path: Path, *names: str) -> Path:
     """What a killed run leaves: its journal and files, its lock given up by the system."""
     output = fill(begun(path), *names)

@@ -386,6 +386,27 @@ def test_an_input_that_cannot_be_read_in_a_thread_is_named_with_its_tensor(
     assert left(tmp_path) == []
 
 
+def test_a_disk_that_is_full_for_what_is_kept_beside_the_tensors_is_one_line(
+    tmp_path: Path, source: Path
+) -> None:
+    def apply(step: Step) -> Metrics:
+        assert step.scratch
+        (step.scratch / "kept").symlink_to("/dev/full")
+        with (step.scratch / "kept").open("wb") as file:
+            file.write(b"x" * 100_000)
+        return {}
+
+    plan = plan_of(source)
+    edits = tuple(replace(e, apply=apply) if e.name == NAMES[2] else e for e in plan.edits)
+    with pytest.raises(OutputError) as error:
+        run(replace(plan, edits=edits), tmp_path / "out", options())
+    assert str(error.value) == (
+        f"{NAMES[2]}: what is kept of it for the end cannot be written (No space left on device). "
+        "Make room, or name another output."
+    )
+    assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_input_that_is_cut_while_it_is_read_is_one_line_and_no_crash(
     tmp_path: Path, source: Path, threads: int
