@@ -56,7 +56,7 @@ def command(
     writing: Writing,
     printing: Printing,
 ) -> None:
-    """Add adapters to a base's weights, and say how much of their change was kept.
+    """Add adapters to a base, and say what was kept of them.
 
     Example:
 

@@ -29,7 +29,9 @@ def command(
     writing: Writing,
     printing: Printing,
 ) -> None:
-    """Take adapters out of a merged model: exactly with the undo file, to rounding without it.
+    """Take adapters out of a merged model again.
+
+    Byte for byte with the undo file, to rounding without it.
 
     Example:
 

@@ -41,9 +41,9 @@ def command(
     *,
     printing: Printing,
 ) -> None:
-    """Check a merged model against its base and adapters; exit with code 3 if it does not hold.
+    """Check what a merged model holds of its adapters.
 
-    rho is how often the adapter's change is there: 1 is right, 0 is missing. noise is all that it
+    Exit code 3 if it is not the base plus the adapters and nothing else. rho is how often the adapter's change is there: 1 is right, 0 is missing. noise is all that it
     was not meant to be, in units of the change; expected is what rounding explains of it.
 
     Example:
