@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorasurgery.checkpoint import JOURNAL, SCRATCH
+from lorasurgery.checkpoint import JOURNAL, MANIFEST, SCRATCH
 from lorasurgery.errors import OutputError
 
 _SLACK = 16 << 20  # directory entries, the index, the undo's header
@@ -129,24 +129,29 @@ def clear(folder: Path, *, keep: bool = False) -> None:
 
 def recover(path: Path) -> None:
     """Put right what a run has left that was killed while it replaced `path`."""
-    old, new = replaced_of(path), partial_of(path)
+    old = replaced_of(path)
     with _held(old) as killed:
         if killed and not path.exists():
             os.rename(old, path)
         elif killed and (path / JOURNAL).exists():
             clear(old)
     with _held(path) as killed:
-        if not killed:
-            return
-        if (path / JOURNAL).stat().st_size:  # the new one is here: the old one may be there still
-            with _held(new) as leftover:
-                if leftover:
-                    clear(new)
-            shutil.rmtree(path / SCRATCH, ignore_errors=True)
-            for folder in (old, new):
-                with suppress(OSError):  # emptied, but killed before it was removed
-                    folder.rmdir()
-        (path / JOURNAL).unlink()
+        begun = killed and (path / JOURNAL).stat().st_size > 0
+        if begun and (path / MANIFEST).exists():
+            _tidy(path)
+        if killed and (not begun or (path / MANIFEST).exists()):
+            (path / JOURNAL).unlink()
+
+
+def _tidy(path: Path) -> None:
+    """The new output is here: what it needed, and the old one, may be there still."""
+    with _held(partial_of(path)) as leftover:
+        if leftover:
+            clear(partial_of(path))
+    shutil.rmtree(path / SCRATCH, ignore_errors=True)
+    for folder in (replaced_of(path), partial_of(path)):
+        with suppress(OSError):  # emptied, but killed before it was removed
+            folder.rmdir()
 
 
 @contextmanager

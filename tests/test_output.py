@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from lorasurgery import output as module
 from lorasurgery import place
-from lorasurgery.checkpoint import JOURNAL, open_checkpoint
+from lorasurgery.checkpoint import JOURNAL, SCRATCH, open_checkpoint
 from lorasurgery.errors import FormatError, OutputError
 from lorasurgery.formats import _writer
 from lorasurgery.formats._writer import Shard, lay_out
@@ -515,6 +515,28 @@ def test_a_replaced_directory_that_is_not_ours_is_never_touched(
         "Check the disk, or name another output."
     )
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["mine", ""])
+def test_a_directory_of_the_users_is_left_as_it_is_whatever_is_in_it(
+    tmp_path: Path, content: str
+) -> None:
+    """Our names in it do not make it ours, but for an empty journal: that one marks, and is removed."""
+    out = tmp_path / "out"
+    for name in (".journal.jsonl", f"{SCRATCH}/mine.txt", "model.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    before = tree(tmp_path)
+    (out / JOURNAL).write_text(content)
+    if content:
+        before = tree(tmp_path)
+    place.recover(out)
+    assert tree(tmp_path) == before
+
+
+def test_an_old_output_that_was_marked_for_its_end_is_still_read(model: Path) -> None:
+    (model / JOURNAL).touch()
+    assert list(open_checkpoint(model)) == ["w"]
 
 
 # --- the disk
