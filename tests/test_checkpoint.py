@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorasurgery.checkpoint import Checkpoint, open_checkpoint, open_file, weight_files
 from lorasurgery.errors import FormatError
@@ -270,6 +272,35 @@ def test_a_shard_that_is_cut_short_is_named(tmp_path: Path) -> None:
 def test_an_index_that_is_none_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / INDEX).write_bytes(content)
     assert refused(tmp_path) == f"{tmp_path / INDEX}: {message}"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+files = st.sampled_from([ONE, TWO, "x.safetensors", INDEX, "."]) | values
+maps = st.dictionaries(st.sampled_from("abcd"), files, max_size=4) | values
+
+
+@settings(max_examples=200, deadline=None)
+@given(maps)
+def test_whatever_an_index_says_it_is_refused_in_one_line_or_true(
+    tmp_path_factory: pytest.TempPathFactory, weight_map: object
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any-index"
+    if not folder.exists():
+        sharded(folder)
+    index(folder, weight_map)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except FormatError as error:
+        assert str(error).startswith(str(folder))
+        assert "\n" not in str(error)
+        return
+    assert set(checkpoint) == set(weight_map)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
