@@ -17,7 +17,7 @@ from benchmarks.processes import Run, run
 
 HERE = Path(__file__).parent
 OUT = Path("demo-out")
-QUESTIONS = ("What is the capital of Italy?", "Name a color.")
+QUESTIONS = ("What is the capital of Germany?", "Who wrote Hamlet?")
 MODELS = {
     "base": "as it came, in bfloat16",
     "base-nf4": "quantized to NF4",

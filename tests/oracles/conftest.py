@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 if TYPE_CHECKING:
+    from packed import Quantized
     from tiny import Base
 
 LoadGguf: TypeAlias = Callable[[Path], PreTrainedModel]
@@ -59,3 +60,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base]:
         return make_base(kind, tmp_path_factory.mktemp(kind) / "base", dtype)
 
     return base
+
+
+@pytest.fixture(scope="session")
+def quantized(bases: Callable[..., Base], tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """A bf16 model, its NF4 form as transformers writes it, and an adapter of 1 % of the weights."""
+    from merging import make_adapter, shrink
+    from packed import make_nf4
+
+    home = tmp_path_factory.mktemp("nf4")
+    original = bases("llama-nf4-sizes", torch.bfloat16)
+    adapter = make_adapter(original, home / "adapter", target_modules="all-linear")
+    return original, make_nf4(original, home / "nf4"), shrink(adapter, original, 0.01)

@@ -151,6 +151,13 @@ MOE = [
          (f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj")),
     Case("experts under other names", "qwen3-moe", STACK,
          (f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj")),
+    # names of transformers 4: PEFT makes target_parameters of them, and of gate and up one of twice the rank
+    Case("experts by their old names", "mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+         (f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj", Q0)),
+    Case("experts by their usual names", "qwen3-moe",
+         {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                             "down_proj"]},
+         (f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj", Q0)),
     Case("experts that are turned", "gpt-oss", STACK,
          (f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj")),
     Case("experts that are turned, and their biases", "gpt-oss",
@@ -158,15 +165,20 @@ MOE = [
          (f"{EXPERTS}gate_up_proj_bias", f"{EXPERTS}down_proj", f"{EXPERTS}down_proj_bias")),
 ]  # fmt: skip
 
-LLAVA = [
+VISION = [
     Case("language and vision", "llava",
          {"target_modules": r".*(language_model.*q_proj|vision_tower.*v_proj|linear_1)"},
          ("model.language_model.layers.0.self_attn.q_proj.weight",
           "model.vision_tower.encoder.layers.0.self_attn.v_proj.weight",
           "model.multi_modal_projector.linear_1.weight"), (HEAD,)),
+    Case("a convolution", "llava", {"target_modules": ["patch_embedding", "q_proj"]},
+         ("model.vision_tower.embeddings.patch_embedding.weight",)),
     Case("a head whose name moved", "llava",
          {"target_modules": ["lm_head"], "modules_to_save": ["multi_modal_projector"]},
          (HEAD, "model.multi_modal_projector.linear_2.bias")),
+    Case("language and vision", "qwen2-vl", {"target_modules": "all-linear"},
+         ("model.language_model.layers.0.self_attn.q_proj.weight",
+          "model.visual.blocks.0.attn.qkv.weight")),
 ]  # fmt: skip
 
-CASES = [*LLAMA, *GPT2, *BERT, *MOE, *LLAVA]
+CASES = [*LLAMA, *GPT2, *BERT, *MOE, *VISION]

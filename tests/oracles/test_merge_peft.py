@@ -9,20 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from merge_cases import CASES, STACK, Case
+from merging import ALPHA, RANK, done, make_adapter, merged_by_peft, same_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny import (
-    ALPHA,
-    RANK,
-    TOKENS,
-    Base,
-    done,
-    make_adapter,
-    merged_by_peft,
-    outputs,
-    same_weights,
-    tensors,
-)
+from tiny import TOKENS, Base, outputs, tensors
 from transformers import AutoModelForSequenceClassification
 
 Bases = Callable[..., Base]

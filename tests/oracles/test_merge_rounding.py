@@ -9,23 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny import (
+from merging import (
     RANK,
     SCALE,
-    Base,
     changes,
     done,
     make_adapter,
     merged_by_peft,
-    outputs,
     retained,
     rounded_once,
     same_weights,
     shrink,
     surgery,
-    tensors,
 )
+from safetensors.torch import save_file
+from tiny import Base, outputs, tensors
 
 Bases = Callable[..., Base]
 

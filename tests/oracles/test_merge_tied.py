@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
-    Base,
-    done,
-    make_adapter,
-    merged_by_peft,
-    outputs,
-    same_weights,
-    surgery,
-    tensors,
-    unmerged_by_peft,
-)
+from merging import done, make_adapter, merged_by_peft, same_weights, surgery, unmerged_by_peft
+from tiny import Base, outputs, tensors
 from transformers import PreTrainedModel
 
 Bases = Callable[..., Base]
