@@ -30,6 +30,10 @@ def codec_of(name: str) -> Codec:
     return cast(Codec, plugins.load("codecs", name))
 
 
+# weights after which the mapped pages of their codes are given back, the scales being kept
+_WINDOW = 1 << 25
+
+
 @dataclass(frozen=True, slots=True)
 class _Scales:
     absmax: Array
@@ -92,6 +96,8 @@ class Weights:
         scales = self._scales_of(name)
         absmax = scales.absmax[first // block : -(-end // block)]
         flat = codec.decode(codes, absmax, scales.table, end - first, packed)
+        if first // _WINDOW != end // _WINDOW:
+            self.stored.release(packed.codes)
         return flat[begin - first :].reshape(stop - start, *packed.info.shape[1:])
 
     def release(self, name: str) -> None:

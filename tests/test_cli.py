@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasurgery import __version__, plugins
+from lorasurgery.checkpoint import JOURNAL
 from lorasurgery.cli._options import Printing, Writing, with_flags
 from lorasurgery.cli._report import as_table
 from lorasurgery.cli._sizes import show_bytes, show_count, size
@@ -441,7 +442,7 @@ def interrupted(tmp_path: Path, *arguments: object) -> tuple[int, str, str]:
     """Ctrl-C as soon as the journal has an edit; one thread and small tiles make it slow."""
     slow = ("-o", tmp_path / "out", "--dtype", "bfloat16", "-j", "1", "--max-memory", "1MB")
     running = process(CONVERT, *arguments, *slow)
-    journal = tmp_path / "out.partial" / ".journal.jsonl"
+    journal = tmp_path / "out.partial" / JOURNAL
     while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
         assert running.poll() is None, running.communicate()
         time.sleep(0.002)
