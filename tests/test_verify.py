@@ -122,13 +122,16 @@ def test_a_merge_rounded_by_chance_holds(tmp_path, size):
     assert {by_name(found)[f"{m}.weight"].rounding for m in SHAPES} == {"by chance"}
 
 
-def test_a_merge_whose_delta_was_rounded_first_holds(bf16):
-    merged = bf16.merged()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 0.02, 3])
+def test_a_merge_whose_delta_was_rounded_first_holds(tmp_path, dtype, size):
+    case = Case(tmp_path, dtype, size=size)
+    merged = case.merged()
     for module in SHAPES:
-        a, b = bf16.factors[module]
-        product = (b @ a).bfloat16() * SCALE
-        merged[f"{module}.weight"] = bf16.base[f"{module}.weight"] + product
-    assert bf16.verify(merged).holds
+        a, b = case.factors[module]
+        product = (b @ a).to(dtype) * SCALE
+        merged[f"{module}.weight"] = case.base[f"{module}.weight"] + product
+    assert causes(case.verify(merged)) == {}
 
 
 def test_a_merge_to_another_dtype_holds(bf16):
@@ -252,6 +255,12 @@ def test_a_requantized_merge_done_twice_does_not_hold(quantized):
     assert not found.holds
     if quantized.size == 0.3:  # of a small change, rounding leaves nothing to tell it by
         assert causes(found) == all_modules("merged twice")
+
+
+def test_an_adapter_part_without_a_place_is_refused_before_anything_is_read(bf16):
+    bf16.write_adapter("lost", {"model.layers.7.self_attn.q_proj": bf16.factors[Q]})
+    with pytest.raises(MatchError, match=r"model\.layers\.7\.self_attn\.q_proj\.weight is adapted"):
+        bf16.verify(bf16.merged(), ["lost"])
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -118,7 +118,7 @@ def _changed(expected: Expected, name: str, source: str, least: float) -> Findin
         if dtype not in FLOATS:
             cause = f"is {dtype}, in which no change is understood"
             return Finding(name, role, holds=False, cause=cause)
-    pair = Pair(base, source, merged, name)
+    pair = Pair(base, source, merged, name, expected.scale(name))
     residual = expected.residual.get(name)
     found = measure(pair, change, residual.change() if residual else None)
     if pair.packed:

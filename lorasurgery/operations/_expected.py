@@ -55,6 +55,11 @@ class Expected:
             return targets.bias_change(wholes)
         return target.change() if target else None
 
+    def scale(self, name: str) -> float:
+        """The largest factor that a product B A of this tensor is multiplied by; 1 for none."""
+        shares = self.changed[name].shares if name in self.changed else ()
+        return max((abs(s.weight * s.site.config.scaling) for s in shares), default=1.0)
+
 
 def expect(
     base: Model,

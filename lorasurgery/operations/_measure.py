@@ -90,7 +90,7 @@ def measure(pair: Pair, change: LowRank, residual: LowRank | None = None) -> Mea
         if grid:
             _codes(found, grid, tile, d)
         else:
-            _rounding(found, tile, d, error)
+            _rounding(found, tile, d, error, pair.scale)
     if change.rank:
         found.inside2, found.outside2 = space.finish()
     else:
@@ -99,7 +99,7 @@ def measure(pair: Pair, change: LowRank, residual: LowRank | None = None) -> Mea
     return found
 
 
-def _rounding(found: Measure, tile: Tile, d: Array, error: Array) -> None:
+def _rounding(found: Measure, tile: Tile, d: Array, error: Array, scale: float) -> None:
     """Compare with W + D rounded to the nearest, element by element."""
     kind = _code(tile.merged)
     wanted = tile.w + d
@@ -113,7 +113,7 @@ def _rounding(found: Measure, tile: Tile, d: Array, error: Array) -> None:
     if not count:
         return
     ulp = _ulp(wanted, kind)
-    doubt = _doubt(tile, d, kind)
+    doubt = _doubt(tile, d, kind, scale)
     found.differing += count
     found.excused += float(np.minimum(doubt / ulp, 1).sum(dtype=np.float64))
     # the neighbour on the other side is one ulp away, and 2^-10 pays for this very arithmetic
@@ -156,13 +156,16 @@ def _ulp(x: Array, kind: str) -> Array:
     return ulp
 
 
-def _doubt(tile: Tile, d: Array, kind: str) -> Array:
+def _doubt(tile: Tile, d: Array, kind: str, scale: float) -> Array:
     """How far two right computations of D may be apart, element by element.
 
     A sum of k products in float32 is good to (k + 4) 2^-24 sum |b a|, and that sum is at most
-    ||b|| ||a||; twice, for both may err.
+    ||b|| ||a||; twice, for both may err. In 16 bits B A is rounded before the scale and after it: among
+    the smallest numbers each by half of their distance.
     """
     lengths = np.outer(np.linalg.norm(tile.b, axis=1), np.linalg.norm(tile.a, axis=0))
     terms = np.float32((len(tile.a) + 4) * 2.0**-23) * lengths.astype(np.float32)
     doubt: Array = terms + np.float32(DELTA_ERROR[kind]) * np.abs(d)
+    if kind != "F32" and len(tile.a):
+        doubt += np.float32((1 + scale) * _SMALLEST[kind] / 2)
     return doubt

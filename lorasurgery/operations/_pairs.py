@@ -41,6 +41,7 @@ class Pair:
     old: str
     merged: Weights
     new: str
+    scale: float = 1.0  # that the intended change B A has been multiplied by, at most
 
     @property
     def packed(self) -> Packed | None:
