@@ -57,9 +57,9 @@ class Printing:
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="A line for each tensor, not for each layer.")
     ] = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")
-    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = (
+        False
+    )
     config: Config = None
 
 
@@ -89,7 +89,9 @@ class Writing:
     ] = 5_000_000_000  # fmt: skip
     max_memory: Annotated[
         int | None,
-        typer.Option("--max-memory", metavar="SIZE", parser=size, help="Bound on the tiles in memory."),
+        typer.Option(
+            "--max-memory", metavar="SIZE", parser=size, help="Bound on the tiles in memory."
+        ),
     ] = None
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")

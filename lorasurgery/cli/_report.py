@@ -26,7 +26,9 @@ def carry_out(operation: Operation, writing: Writing, printing: Printing) -> Rep
     """Call the operation with the output (None: a dry run) and how to run; print its report."""
     output = _output(writing)
     if printing.report and not printing.report.parent.is_dir():
-        raise UsageError(f"--report: there is no directory {printing.report.parent}. Make it first.")
+        raise UsageError(
+            f"--report: there is no directory {printing.report.parent}. Make it first."
+        )
     try:
         with progress_bar(quiet=printing.quiet) as progress:
             report = operation(output, _how(writing, progress))

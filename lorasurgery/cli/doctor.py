@@ -27,7 +27,13 @@ def command(*, printing: Printing) -> None:
 
 def _json(found: Diagnosis) -> dict[str, Any]:
     problems = [
-        {"name": p.name, "severity": p.severity, "what": p.what, "advice": p.advice, "source": p.source}
+        {
+            "name": p.name,
+            "severity": p.severity,
+            "what": p.what,
+            "advice": p.advice,
+            "source": p.source,
+        }
         for p in found.problems
     ]
     return {

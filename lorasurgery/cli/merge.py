@@ -39,7 +39,8 @@ def command(
     min_retained: Annotated[
         float | None,
         typer.Option(
-            "--min-retained", show_default="0.9 with --requantize",
+            "--min-retained",
+            show_default="0.9 with --requantize",
             help="Stop with exit code 3 where less of the change is kept.",
         ),
     ] = None,

@@ -18,7 +18,9 @@ def command(
     ],
     undo: Annotated[
         Path | None,
-        typer.Option("--undo", metavar="FILE", help="What merge --undo wrote: exact, byte for byte."),
+        typer.Option(
+            "--undo", metavar="FILE", help="What merge --undo wrote: exact, byte for byte."
+        ),
     ] = None,
     tied: Annotated[
         Literal["auto", "shared", "untie"],
@@ -42,6 +44,4 @@ def command(
 
     source = resolve(merged)
     options = UnmergeOptions(undo, tied, tuple(allow_unmatched or ()))
-    carry_out(
-        lambda output, how: unmerge(source, adapter, output, options, how), writing, printing
-    )
+    carry_out(lambda output, how: unmerge(source, adapter, output, options, how), writing, printing)

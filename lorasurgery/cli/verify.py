@@ -30,7 +30,8 @@ def command(
     min_retained: Annotated[
         float | None,
         typer.Option(
-            "--min-retained", show_default="0.9 for quantized weights",
+            "--min-retained",
+            show_default="0.9 for quantized weights",
             help="Exit with code 3 where less of the change is there.",
         ),
     ] = None,
