@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 # holds the finished edits of a directory that is being written
-JOURNAL = ".journal.jsonl"
+JOURNAL = ".lorasurgery-journal.jsonl"
+# holds what edits leave for the plan's end, until all is complete
+SCRATCH = ".lorasurgery-scratch"
 # is written last: what was done, and how it went
 MANIFEST = "surgery.json"
 
@@ -160,7 +162,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _open_directory(directory: Path) -> Checkpoint:
-    if (directory / JOURNAL).exists() and not (directory / MANIFEST).exists():
+    if _is_unfinished(directory):
         raise FormatError(
             f"{directory}: an interrupted run left it unfinished. Repeat that command with --resume."
         )
@@ -171,6 +173,13 @@ def _open_directory(directory: Path) -> Checkpoint:
     union = Union(directory, {file.name: open_file(file) for file in files})
     _check_index(index, union)
     return union
+
+
+def _is_unfinished(directory: Path) -> bool:
+    journal = directory / JOURNAL
+    # an empty one marks an old output that was about to be replaced: that one is whole
+    begun = journal.is_file() and journal.stat().st_size > 0
+    return begun and not (directory / MANIFEST).exists()
 
 
 def _index_of(directory: Path) -> Path | None:

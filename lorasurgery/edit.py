@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import blake3
 
 from lorasurgery.arrays import Array, as_bytes
-from lorasurgery.checkpoint import Checkpoint
+from lorasurgery.checkpoint import SCRATCH, Checkpoint
 from lorasurgery.errors import ShapeError
 from lorasurgery.tensors import TensorInfo
 
@@ -59,8 +59,12 @@ class Step:
 
     @property
     def scratch(self) -> Path | None:
-        """The directory being written, for what is kept beside the tensors; None in a rehearsal."""
-        return self._sink.partial if self._sink else None
+        """Where an edit leaves what the plan's `finish` will need; None in a rehearsal."""
+        if self._sink is None:
+            return None
+        folder = self._sink.partial / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def tiles(
         self, source: Checkpoint, name: str, multiple: int = 1

@@ -19,6 +19,7 @@ from lorasurgery.checkpoint import (
     read_json,
 )
 from lorasurgery.errors import FormatError
+from lorasurgery.layouts import is_conv1d
 from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
 from lorasurgery.weights import Weights
 
@@ -31,7 +32,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 # nn.Embedding tables, output heads and what is no matrix product, by the names that models give them
 _NOT_LINEAR = (
-    "*embed*", "*wte*", "*wpe*", "*lm_head*", "*output_projection*", "shared.weight", "*norm*",
+    "*embed*", "*wte*", "*wpe*", "*lm_head*", "*output_projection*", "shared.weight", "score.weight", "*norm*",
     "*ln_*", "*relative_attention_bias*", "*position*", "*cls.predictions*",
 )  # fmt: skip
 # transformers holds these as fused parameters, which bitsandbytes leaves alone
@@ -98,7 +99,8 @@ def open_model(path: Path, dtype: str | None = None) -> Model:
     home = path if path.is_dir() else path.parent
     has_config = path.is_dir() and (home / "config.json").exists()
     config = read_json(home / "config.json") if has_config else {}
-    return Model(path, stored, Weights(stored, dtype), config)
+    weights = Weights(stored, dtype, lambda name: is_conv1d(config, name))
+    return Model(path, stored, weights, config)
 
 
 def resolve(text: str) -> Path:

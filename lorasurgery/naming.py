@@ -29,19 +29,17 @@ class Names:
     """A checkpoint's names, and how those of one adapter are read in it."""
 
     def __init__(self, stored: Iterable[str], wanted: Sequence[str]) -> None:
-        """`wanted` are the adapter's parameters (path.weight); the renaming that finds most is taken."""
+        """`wanted` are the adapter's parameters (path.weight): renamings that find many come first."""
         self.stored = set(stored)
         self._tops = sorted({name.partition(".")[0] for name in self.stored})
-        self._rename = max(
-            self._renamings(wanted),
-            key=lambda rename: sum(self._known(rename(name)) for name in wanted),
-        )
+        found = [(sum(self._known(r(n)) for n in wanted), r) for r in self._renamings(wanted)]
+        self._renames = [r for hits, r in sorted(found, key=lambda pair: -pair[0]) if hits]
 
     def find(self, name: str) -> str | None:
         """The stored name of a live parameter, or None."""
         # torch's MultiheadAttention holds q, k and v in one matrix without a module of its own
         inner = re.sub(r"\.weight$", ".in_proj_weight", name)
-        tries = (self._rename(name), name, self._rename(inner), inner)
+        tries = [rename(n) for n in (name, inner) for rename in (*self._renames, _as_it_is)]
         return next((n for n in tries if n in self.stored), None)
 
     def parts(self, name: str, rows: int, experts: int) -> list[Part]:
@@ -88,12 +86,15 @@ class Names:
         """Identity first; then a prefix less (GPT-2's `transformer.`), a prefix more, known renames."""
         heads = sorted({name.partition(".")[0] for name in wanted})
         return [
-            lambda name: name,
+            _as_it_is,
             *(_without(f"{head}.") for head in heads),
             *(_with(f"{top}.") for top in self._tops),
             *(_by(pattern, by) for pattern, by in RENAMES),
-            _all_renames,
         ]
+
+
+def _as_it_is(name: str) -> str:
+    return name
 
 
 def _without(prefix: str) -> _Rename:
@@ -106,11 +107,3 @@ def _with(prefix: str) -> _Rename:
 
 def _by(pattern: str, by: str) -> _Rename:
     return lambda name: re.sub(pattern, by, name)
-
-
-def _all_renames(name: str) -> str:
-    for pattern, by in RENAMES:
-        renamed = re.sub(pattern, by, name)
-        if renamed != name:
-            return renamed
-    return name

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.arrays import Array
-from lorasurgery.checkpoint import JOURNAL
+from lorasurgery.checkpoint import JOURNAL, SCRATCH
 from lorasurgery.errors import OutputError
 from lorasurgery.formats._writer import Shard, Writer
 from lorasurgery.place import clear, lock, partial_of, put_in_place, writing
@@ -45,7 +45,7 @@ class Output:
         self._made = [p for p in path.absolute().parents if not p.exists()]
         self._lock, self._journal = threading.Lock(), -1
         self._writers: list[Writer] = []
-        self._ours = False
+        self._ours = self._complete = False
         try:
             with writing(self.partial, "the output"):
                 resuming = self._take(plan_id, shards)
@@ -90,8 +90,9 @@ class Output:
             if self.options.durable:
                 _fsync_tree(self.partial)
             old = put_in_place(self.partial, self.path, overwrite=self.options.overwrite)
-        self._ours = False
-        with suppress(OSError):  # the output is complete, whatever is left over
+        self._ours, self._complete = False, True
+        with suppress(OSError):  # whatever is left over
+            shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
             if old:
                 clear(old[0])
             (self.path / JOURNAL).unlink()
@@ -102,8 +103,8 @@ class Output:
             with writing(self.path, "its name"):
                 _fsync(self.path.absolute().parent)
 
-    def abandon(self) -> None:
-        """Leave nothing behind, or what --resume can go on with."""
+    def abandon(self) -> bool:
+        """Leave nothing behind, or what --resume can go on with. False: it is complete."""
         with suppress(OSError):
             self._close_files()
         if self._ours and not (self.options.resume and self.done):
@@ -113,6 +114,7 @@ class Output:
                 with suppress(OSError):
                     parent.rmdir()
         self._unlock()
+        return not self._complete
 
     def _take(self, plan_id: str, shards: Sequence[Shard]) -> bool:
         """Own OUT.partial: fresh, or the one of a killed run. True if that run goes on."""

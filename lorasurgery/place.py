@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorasurgery.checkpoint import JOURNAL
+from lorasurgery.checkpoint import JOURNAL, MANIFEST, SCRATCH
 from lorasurgery.errors import OutputError
 
 _SLACK = 16 << 20  # directory entries, the index, the undo's header
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_of(path: Path) -> Path:
@@ -85,7 +85,7 @@ def writing(where: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "Make room" if error.errno in _FULL else "Check the disk"
+        advice = "Make room" if error.errno in FULL else "Check the disk"
         raise OutputError(
             f"{where}: {what} cannot be written ({error.strerror}). "
             f"{advice}, or name another output."
@@ -96,7 +96,7 @@ def lock(folder: Path) -> int | None:
     """Hold a directory's journal, made if need be; None if another run holds it."""
     fd = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(fd)
         # the other run may have ended, and taken its file away, since it was opened here
         if os.path.samestat(os.fstat(fd), (folder / JOURNAL).stat()):
             return fd
@@ -106,6 +106,15 @@ def lock(folder: Path) -> int | None:
             raise
     os.close(fd)
     return None
+
+
+def _flock(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # some cluster file systems lock nothing: two runs at once are the user's to avoid there
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def clear(folder: Path, *, keep: bool = False) -> None:
@@ -120,23 +129,29 @@ def clear(folder: Path, *, keep: bool = False) -> None:
 
 def recover(path: Path) -> None:
     """Put right what a run has left that was killed while it replaced `path`."""
-    old, new = replaced_of(path), partial_of(path)
+    old = replaced_of(path)
     with _held(old) as killed:
         if killed and not path.exists():
             os.rename(old, path)
         elif killed and (path / JOURNAL).exists():
             clear(old)
     with _held(path) as killed:
-        if not killed:
-            return
-        if (path / JOURNAL).stat().st_size:  # the new one is here: the old one may be there still
-            with _held(new) as leftover:
-                if leftover:
-                    clear(new)
-            for folder in (old, new):
-                with suppress(OSError):  # emptied, but killed before it was removed
-                    folder.rmdir()
-        (path / JOURNAL).unlink()
+        begun = killed and (path / JOURNAL).stat().st_size > 0
+        if begun and (path / MANIFEST).exists():
+            _tidy(path)
+        if killed and (not begun or (path / MANIFEST).exists()):
+            (path / JOURNAL).unlink()
+
+
+def _tidy(path: Path) -> None:
+    """The new output is here: what it needed, and the old one, may be there still."""
+    with _held(partial_of(path)) as leftover:
+        if leftover:
+            clear(partial_of(path))
+    shutil.rmtree(path / SCRATCH, ignore_errors=True)
+    for folder in (replaced_of(path), partial_of(path)):
+        with suppress(OSError):  # emptied, but killed before it was removed
+            folder.rmdir()
 
 
 @contextmanager

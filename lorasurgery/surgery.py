@@ -21,10 +21,10 @@ import blake3
 from lorasurgery import __version__
 from lorasurgery.checkpoint import MANIFEST
 from lorasurgery.edit import Edit, Metrics, Step, Stopped, copy_edit, tile_rows
-from lorasurgery.errors import FormatError
+from lorasurgery.errors import FormatError, OutputError
 from lorasurgery.formats._writer import Shard, lay_out
 from lorasurgery.output import Output, OutputOptions, intact
-from lorasurgery.place import check_apart, check_free, check_room, recover, writing
+from lorasurgery.place import FULL, check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, fingerprint, manifest, read_manifest
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the edit that ended
@@ -37,7 +37,9 @@ class Plan:
     """All that an operation will do, complete before it begins.
 
     `files` are the side files of the output: contents, or a file to copy. `summarize` turns the
-    results into totals. `check` raises to stop the commit. `finish` may write beside the output.
+    results into totals. `check` raises to stop the commit. `finish` may write into the output's
+    directory, and beside it under another name; `publish` gives that its name once the output is
+    complete, or `discard` removes it. A run that is resumed does these again.
     """
 
     operation: str
@@ -48,6 +50,8 @@ class Plan:
     summarize: Callable[[tuple[Result, ...]], Mapping[str, float]]
     check: Callable[[Report], None] = lambda _: None
     finish: Callable[[Report, Path], None] = lambda _report, _partial: None
+    publish: Callable[[], None] = lambda: None
+    discard: Callable[[], None] = lambda: None
     shards: tuple[Shard, ...] | None = None  # an exact layout; None: laid out by size
     notes: tuple[str, ...] = ()
 
@@ -83,6 +87,7 @@ def run(plan: Plan, path: Path, options: RunOptions) -> Report:
     with writing(path, "the output"):
         recover(path)
     if options.output.resume and (done := _finished(path, shards, plan_id)):
+        plan.publish()
         return done
     check_free(path, overwrite=options.output.overwrite)
     check_room(path, sum(shard.size for shard in shards) + sum(map(_size, plan.files.values())))
@@ -96,8 +101,10 @@ def run(plan: Plan, path: Path, options: RunOptions) -> Report:
         plan.finish(report, output.partial)
         content = manifest(report, plan_id, plan.settings, plan.inputs)
         output.commit({**plan.files, MANIFEST: content})
+        plan.publish()
     except BaseException:
-        output.abandon()
+        if output.abandon():
+            plan.discard()
         raise
     return report
 
@@ -151,10 +158,15 @@ def _stream(plan: Plan, output: Output | None, options: RunOptions) -> tuple[Res
 
 
 def _apply(edit: Edit, step: Step) -> Metrics:
-    """What goes wrong on the way out is named by the output; this is what goes wrong on the way in."""
+    """The tensors' way out is named by the output; this is the way in, and what is kept beside."""
     try:
         return edit.apply(step)
     except OSError as error:
+        if error.errno in FULL:
+            raise OutputError(
+                f"{edit.name}: what is kept of it for the end cannot be written "
+                f"({error.strerror}). Make room, or name another output."
+            ) from None
         where = error.filename or edit.name
         raise FormatError(
             f"{where}: cannot be read for {edit.name} ({error.strerror}). Check the file."

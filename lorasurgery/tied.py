@@ -18,7 +18,10 @@ from lorasurgery.targets import Resolved, Share, Target, same_values
 
 POLICIES = ("auto", "shared", "untie", "refuse")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
-_HEAD_OF = {"gpt_neox": "embed_out.weight"}
+_HEAD_OF = {
+    "gpt_neox": "embed_out.weight", "whisper": "proj_out.weight", "roberta": "lm_head.decoder.weight",
+    "xlm-roberta": "lm_head.decoder.weight", "camembert": "lm_head.decoder.weight",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,8 @@ def tied_pair(model: Model) -> tuple[str, str] | None:
     if embedding is None:
         return None
     masked = languages[0].endswith("ForMaskedLM")
-    head = "cls.predictions.decoder.weight" if masked else _HEAD_OF.get(kind, "lm_head.weight")
-    return head, embedding
+    usual = "cls.predictions.decoder.weight" if masked else "lm_head.weight"
+    return _HEAD_OF.get(kind, usual), embedding
 
 
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:

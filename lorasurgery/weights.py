@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -30,6 +30,10 @@ def codec_of(name: str) -> Codec:
     return cast(Codec, plugins.load("codecs", name))
 
 
+# weights after which the mapped pages of their codes are given back, the scales being kept
+_WINDOW = 1 << 25
+
+
 @dataclass(frozen=True, slots=True)
 class _Scales:
     absmax: Array
@@ -37,15 +41,25 @@ class _Scales:
 
 
 class Weights:
-    """A Checkpoint of logical weights over a stored one; `packed` says which are decoded."""
+    """A Checkpoint of logical weights over a stored one; `packed` says which are decoded.
 
-    def __init__(self, stored: Checkpoint, dtype: str | None = None) -> None:
+    `turned` are packed [out, in] where the model has them as [in, out] (Conv1D): they are read as
+    the model has them.
+    """
+
+    def __init__(
+        self,
+        stored: Checkpoint,
+        dtype: str | None = None,
+        turned: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         """Packed weights are decoded to `dtype`, or to the one they had."""
         self.stored, self.path = stored, stored.path
         self.metadata: Mapping[str, str] = stored.metadata
         self.packed = packed_weights(stored)
         if dtype:
             self.packed = {k: codec_of(p.codec).as_dtype(p, dtype) for k, p in self.packed.items()}
+        self.turned = frozenset(name for name in self.packed if turned(name))
         owned = {part.name for p in self.packed.values() for part in p.parts.values()}
         self._names = [n for n in stored if n in self.packed or n not in owned]
         self._known, self._lock = set(self._names), threading.Lock()
@@ -61,12 +75,18 @@ class Weights:
         return name in self._known
 
     def info(self, name: str) -> TensorInfo:
-        return self.packed[name].info if name in self.packed else self.stored.info(name)
+        info = self.packed[name].info if name in self.packed else self.stored.info(name)
+        return replace(info, shape=info.shape[::-1]) if name in self.turned else info
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows start:stop; packed ones are decoded from the first block they touch."""
         if name not in self.packed:
             return self.stored.read(name, start, stop)
+        if name in self.turned:
+            return self._decoded(name, 0, None).T[start:stop].copy()
+        return self._decoded(name, start, stop)
+
+    def _decoded(self, name: str, start: int, stop: int | None) -> Array:
         packed, codec = self.packed[name], codec_of(self.packed[name].codec)
         rows, row = packed.info.shape[0], packed.info.numel // max(1, packed.info.shape[0])
         stop = rows if stop is None else min(stop, rows)
@@ -76,6 +96,8 @@ class Weights:
         scales = self._scales_of(name)
         absmax = scales.absmax[first // block : -(-end // block)]
         flat = codec.decode(codes, absmax, scales.table, end - first, packed)
+        if first // _WINDOW != end // _WINDOW:
+            self.stored.release(packed.codes)
         return flat[begin - first :].reshape(stop - start, *packed.info.shape[1:])
 
     def release(self, name: str) -> None:

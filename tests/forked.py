@@ -9,7 +9,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
+from lorasurgery import place
 from lorasurgery.errors import LoraSurgeryError
 
 NOBODY = 65534
@@ -76,3 +78,73 @@ def with_files_up_to(nbytes: int, work: Callable[[], object]) -> str:
         work()
 
     return Child(limited).wait()
+
+
+# --- killed at a step
+
+EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.scandir",
+          "os.listdir", "shutil.copyfile", "shutil.rmtree", "fcntl.flock")  # fmt: skip
+
+
+def kill_at(step: int, counted: list[str] | None = None) -> None:
+    """From now on, this process kills itself at a step that touches the disk, or counts them.
+
+    A write is two steps: before it, and when half of it is done.
+    """
+    seen = 0
+
+    def event(name: str) -> None:
+        nonlocal seen
+        if counted is not None:
+            counted.append(name)
+        if seen == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    def audit(name: str, arguments: tuple[object, ...]) -> None:
+        if name in EVENTS and "out" in str(arguments):
+            event(name)
+
+    pwrite, write, exchange = os.pwrite, os.write, place._exchange
+
+    def half_write(fd: int, data: bytes, at: int) -> int:
+        event("pwrite")
+        n = pwrite(fd, data[: (len(data) + 1) // 2], at)
+        event("half written")
+        return n
+
+    def half_line(fd: int, data: bytes) -> int:
+        event("journal")
+        n = write(fd, data[: len(data) // 2])
+        event("half a line")
+        return n + write(fd, data[n:])
+
+    def exchanged(a: Path, b: Path) -> bool:
+        event("before the exchange")
+        done = exchange(a, b)
+        event("after the exchange")
+        return done
+
+    sys.addaudithook(audit)
+    os.pwrite, os.write, place._exchange = half_write, half_line, exchanged
+
+
+def count_steps(work: Callable[[], object], file: Path) -> list[str]:
+    counted: list[str] = []
+
+    def child() -> None:
+        kill_at(-1, counted)
+        with suppress(Exception):
+            work()
+        file.write_text("\n".join(counted))
+
+    assert Child(child).wait() == "done"
+    return file.read_text().splitlines()
+
+
+def kill(step: int, work: Callable[[], object]) -> None:
+    def child() -> None:
+        kill_at(step)
+        work()
+
+    assert Child(child).wait() == "killed"

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from forked import as_nobody
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorasurgery.checkpoint import Checkpoint, open_checkpoint, open_file, weight_files
 from lorasurgery.errors import FormatError
 from lorasurgery.model import open_model, with_dtype
 from lorasurgery.weights import Weights
+from tests.forked import as_nobody
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -272,6 +274,35 @@ def test_an_index_that_is_none_is_one_line(tmp_path: Path, content: bytes, messa
     assert refused(tmp_path) == f"{tmp_path / INDEX}: {message}"
 
 
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+files = st.sampled_from([ONE, TWO, "x.safetensors", INDEX, "."]) | values
+maps = st.dictionaries(st.sampled_from("abcd"), files, max_size=4) | values
+
+
+@settings(max_examples=200, deadline=None)
+@given(maps)
+def test_whatever_an_index_says_it_is_refused_in_one_line_or_true(
+    tmp_path_factory: pytest.TempPathFactory, weight_map: object
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any-index"
+    if not folder.exists():
+        sharded(folder)
+    index(folder, weight_map)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except FormatError as error:
+        assert str(error).startswith(str(folder))
+        assert "\n" not in str(error)
+        return
+    assert set(checkpoint) == set(weight_map)
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path)
     save(folder / TWO, "c", "a")
@@ -447,6 +478,39 @@ def test_packed_weights_decode_to_the_dtype_that_is_asked(
     assert weights.info("q.weight").dtype == code
     assert weights.read("q.weight").dtype == want.dtype
     np.testing.assert_array_equal(weights.read("q.weight"), want)
+
+
+class Watched:
+    """A checkpoint that notes what is released."""
+
+    def __init__(self, stored: Checkpoint) -> None:
+        self._stored, self.released = stored, []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stored, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def release(self, name: str) -> None:
+        self.released.append(name)
+        self._stored.release(name)
+
+
+def test_the_codes_of_a_large_packed_weight_are_given_back_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped pages count as memory until then; the window is 128 weights here."""
+    monkeypatch.setattr("lorasurgery.weights._WINDOW", 128)
+    want = packed(tmp_path).astype(ml_dtypes.bfloat16)
+    stored = Watched(open_checkpoint(tmp_path))
+    weights = Weights(stored)
+    for row in range(13):
+        np.testing.assert_array_equal(weights.read("q.weight", row, row + 1), want[row : row + 1])
+    assert 2 <= stored.released.count("q.weight") <= 5
 
 
 def test_a_released_weight_can_be_read_again(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasurgery import __version__, plugins
+from lorasurgery.checkpoint import JOURNAL
 from lorasurgery.cli._options import Printing, Writing, with_flags
 from lorasurgery.cli._report import as_table
 from lorasurgery.cli._sizes import show_bytes, show_count, size
@@ -57,9 +58,8 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_help_lists_every_command_with_its_first_line() -> None:
-    code, stdout, stderr = cli("--help")
-    assert (code, stderr) == (0, "")
-    lines = stdout.splitlines()
+    running = process("--help", env={**os.environ, "COLUMNS": "120"})
+    lines = running.communicate()[0].splitlines()
     assert lines[0] == "Usage: lorasurgery [OPTIONS] COMMAND [ARGS]..."
     listed = lines[lines.index("Commands:") + 1 :]
     assert [line.split()[0] for line in listed] == command_names()
@@ -411,8 +411,8 @@ def test_a_file_that_the_system_will_not_let_grow_is_named_in_one_line(
     _, stderr = running.communicate()
     assert running.returncode == 1
     assert stderr == (
-        f"error: {tmp_path}/out.partial/model.safetensors: the file cannot be written (File too large). "
-        "Check the disk, or name another output.\n"
+        f"error: {tmp_path}/out.partial/model.safetensors: the file cannot be written (File too "
+        "large). Check the disk, or name another output.\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -442,7 +442,7 @@ def interrupted(tmp_path: Path, *arguments: object) -> tuple[int, str, str]:
     """Ctrl-C as soon as the journal has an edit; one thread and small tiles make it slow."""
     slow = ("-o", tmp_path / "out", "--dtype", "bfloat16", "-j", "1", "--max-memory", "1MB")
     running = process(CONVERT, *arguments, *slow)
-    journal = tmp_path / "out.partial" / ".journal.jsonl"
+    journal = tmp_path / "out.partial" / JOURNAL
     while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
         assert running.poll() is None, running.communicate()
         time.sleep(0.002)

@@ -1,69 +1,24 @@
-"""Where an output may go, who may write it, and what is left of it when that fails."""
+"""An output while it grows: who may write it, how it comes to be, and what is left when that fails."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from forked import as_nobody
 
 from lorasurgery import output as module
 from lorasurgery import place
-from lorasurgery.checkpoint import JOURNAL, open_checkpoint
+from lorasurgery.checkpoint import JOURNAL, SCRATCH, open_checkpoint
 from lorasurgery.errors import FormatError, OutputError
 from lorasurgery.formats import _writer
-from lorasurgery.formats._writer import Shard, lay_out
+from lorasurgery.formats._writer import lay_out
 from lorasurgery.output import INDEX, Output, OutputOptions
 from lorasurgery.tensors import TensorInfo
-
-A, B = TensorInfo("a", "F32", (4, 2)), TensorInfo("b", "BF16", (3,))
-DATA = {"a": bytes(range(32)), "b": bytes(range(100, 106))}
-PLAIN, RESUME = OutputOptions(), OutputOptions(resume=True)
-OVERWRITE = OutputOptions(overwrite=True)
-
-
-def shards(max_shard: int = 1 << 30) -> tuple[Shard, ...]:
-    return lay_out([A, B], max_shard, {"format": "pt"})
-
-
-def begun(path: Path, options: OutputOptions = PLAIN, plan: str = "plan") -> Output:
-    return Output(path, shards(), plan, options)
-
-
-def fill(output: Output, *names: str) -> Output:
-    for name in names:
-        output.write(name, 0, np.frombuffer(DATA[name], np.uint8))
-        output.record(name, {"metrics": {}, "read": {}, "written": {}}, [name])
-    return output
-
-
-def written(path: Path, options: OutputOptions = PLAIN, **files: str) -> None:
-    fill(begun(path, options), "a", "b").commit({n: c.encode() for n, c in files.items()})
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, with their bytes."""
-    return {
-        str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
-    }
-
-
-def check(path: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
-    place.check_apart(path, inputs)
-    place.check_free(path, overwrite=overwrite)
-    place.check_room(path, 0)
-
-
-def refused(path: Path, *inputs: Path, overwrite: bool = False) -> str:
-    with pytest.raises(OutputError) as error:
-        check(path, inputs, overwrite=overwrite)
-    return str(error.value)
+from tests.outputs import DATA, OVERWRITE, RESUME, A, B, begun, fill, killed, tree, written
 
 
 @pytest.fixture
@@ -71,132 +26,6 @@ def model(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     safetensors.numpy.save_file({"w": np.ones(3)}, tmp_path / "model" / "model.safetensors")
     return tmp_path / "model"
-
-
-# --- where it may go
-
-
-@pytest.mark.parametrize("flags", [False, True], ids=["plain", "overwrite"])
-def test_an_output_that_is_or_holds_an_input_is_refused(model: Path, flags: bool) -> None:
-    file, home = model / "model.safetensors", model.parent
-    for out, source in ((model, model), (home, model), (file, file), (model, file), (home, file)):
-        assert refused(out, source, overwrite=flags) == (
-            f"{out}: is or holds the input {source}. Name another output."
-        )
-
-
-def test_an_output_that_reaches_the_input_by_a_link_is_refused(model: Path) -> None:
-    link = model.parent / "link"
-    link.symlink_to(model)
-    assert refused(link, model) == f"{link}: is or holds the input {model}. Name another output."
-    assert refused(model, link) == f"{model}: is or holds the input {link}. Name another output."
-    out = link / "out"
-    assert refused(out, model) == f"{out}: lies inside the input {model}. Name another output."
-
-
-def test_an_output_inside_the_input_is_refused(model: Path) -> None:
-    for out in (model / "out", model / "deep" / "er" / "out"):
-        assert refused(out, model) == f"{out}: lies inside the input {model}. Name another output."
-
-
-def test_an_output_beside_a_lone_file_is_allowed(model: Path) -> None:
-    place.check_apart(model / "out", [model / "model.safetensors"])
-
-
-@pytest.mark.parametrize("ending", [".partial", ".replaced"])
-def test_an_output_whose_scratch_directory_would_be_the_input_is_refused(
-    tmp_path: Path, ending: str
-) -> None:
-    source = tmp_path / f"out{ending}"
-    source.mkdir()
-    assert refused(tmp_path / "out", source, overwrite=True) == (
-        f"{source}: is or holds the input {source}. Name another output."
-    )
-
-
-@pytest.mark.parametrize("name", [".", "/", ".."])
-def test_an_output_without_a_name_of_its_own_is_refused(name: str) -> None:
-    assert refused(Path(name)) == (
-        f"{name}: names no directory of its own. Give the output a name."
-    )
-
-
-def test_an_output_that_is_a_file_or_a_link_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "folder")
-    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "link", "broken"):
-        assert refused(tmp_path / name, overwrite=True) == (
-            f"{tmp_path / name}: is there and is no directory. Name another output."
-        )
-
-
-def test_an_output_that_is_not_empty_is_refused_and_an_empty_one_is_taken(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    written(out)
-    assert refused(out) == f"{out}: exists and is not empty. Pass --overwrite, or name another."
-    place.check_free(out, overwrite=True)
-
-
-def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    out = tmp_path / "file" / "sub" / "out"
-    assert (
-        refused(out) == f"{out}: {tmp_path / 'file'} is a file, no directory. Name another output."
-    )
-
-
-def test_more_than_the_disk_has_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    out = tmp_path / "a" / "out"
-    with pytest.raises(OutputError) as error:
-        place.check_room(out, 1 << 60)
-    free = str(error.value).partition(f"{tmp_path} has ")[2].partition(" MiB")[0]
-    assert str(error.value) == (
-        f"{out}: needs {(1 << 40) + 16} MiB, but {tmp_path} has {free} MiB free. "
-        "Make room, or name another output."
-    )
-    stat = os.statvfs(tmp_path)
-    # other processes write to the disk meanwhile
-    assert int(free) == pytest.approx(stat.f_bavail * stat.f_frsize >> 20, rel=0.05)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def shared_folder() -> Iterator[Path]:
-    """A directory that every user may look into, as pytest's own may not be."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-def test_a_place_that_may_not_be_written_to_is_refused(shared_folder: Path) -> None:
-    closed = shared_folder / "closed"
-    closed.mkdir()
-    closed.chmod(0o555)
-    out = closed / "sub" / "out"
-    assert as_nobody(lambda: place.check_room(out, 0)) == (
-        f"{out}: {closed} cannot be written to. Name another output."
-    )
-    partial = closed / "out.partial"
-    assert as_nobody(lambda: begun(closed / "out")) == (
-        f"{partial}: the output cannot be written (Permission denied). "
-        "Check the disk, or name another output."
-    )
-    assert list(closed.iterdir()) == []
-
-
-def test_a_place_where_even_root_may_not_write_is_one_line() -> None:
-    out = Path("/proc/lorasurgery-test/out")
-    with pytest.raises(OSError) as system:  # noqa: PT011 - what the system says of it
-        out.parent.mkdir()
-    with pytest.raises(OutputError) as error:
-        begun(out)
-    assert str(error.value) == (
-        f"{out}.partial: the output cannot be written ({system.value.strerror}). "
-        "Check the disk, or name another output."
-    )
 
 
 # --- what comes out
@@ -357,12 +186,18 @@ def test_a_run_that_waits_at_the_door_does_not_get_an_output_that_was_just_finis
     assert list(tree(tmp_path)) == ["out/model.safetensors"]
 
 
-def killed(path: Path, *names: str) -> Path:
-    """What a killed run leaves: its journal and files, its lock given up by the system."""
-    output = fill(begun(path), *names)
-    output._close_files()
-    output._unlock()
-    return place.partial_of(path)
+@pytest.mark.parametrize("code", [38, 37, 95, 22])
+def test_a_file_system_that_locks_nothing_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def cannot(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(place.fcntl, "flock", cannot)
+    written(tmp_path / "out")
+    written(tmp_path / "out", OVERWRITE)
+    assert open_checkpoint(tmp_path / "out").read("a").tobytes() == DATA["a"]
+    assert list(tree(tmp_path)) == ["out/model.safetensors"]
 
 
 def test_what_a_killed_run_left_needs_a_word_from_the_user(tmp_path: Path) -> None:
@@ -501,6 +336,28 @@ def test_a_replaced_directory_that_is_not_ours_is_never_touched(
         "Check the disk, or name another output."
     )
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["mine", ""])
+def test_a_directory_of_the_users_is_left_as_it_is_whatever_is_in_it(
+    tmp_path: Path, content: str
+) -> None:
+    """Our names in it do not make it ours, but for an empty journal: that one marks, and is removed."""
+    out = tmp_path / "out"
+    for name in (".journal.jsonl", f"{SCRATCH}/mine.txt", "model.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    before = tree(tmp_path)
+    (out / JOURNAL).write_text(content)
+    if content:
+        before = tree(tmp_path)
+    place.recover(out)
+    assert tree(tmp_path) == before
+
+
+def test_an_old_output_that_was_marked_for_its_end_is_still_read(model: Path) -> None:
+    (model / JOURNAL).touch()
+    assert list(open_checkpoint(model)) == ["w"]
 
 
 # --- the disk

@@ -1,17 +1,13 @@
-"""The engine: killed, interrupted or failing at any step, what is there is the old, nothing, or all of it."""
+"""The engine: what a run gives, what it holds in memory, and what is there when it fails."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +17,10 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from forked import Child, with_files_up_to
 
 from lorasurgery import output as output_module
-from lorasurgery import place, surgery
-from lorasurgery.checkpoint import JOURNAL, MANIFEST, Checkpoint, open_checkpoint
+from lorasurgery import surgery
+from lorasurgery.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from lorasurgery.edit import Edit, Metrics, Step, copy_edit, tile_rows
 from lorasurgery.errors import FormatError, OutputError, ShapeError, VerificationError
 from lorasurgery.formats._writer import lay_out
@@ -33,66 +28,8 @@ from lorasurgery.operations.convert_checkpoint import cast_edit
 from lorasurgery.output import Output, OutputOptions
 from lorasurgery.surgery import Plan, Report, RunOptions, rehearse, run
 from lorasurgery.tensors import TensorInfo
-
-NAMES = [f"layer.{i}.weight" for i in range(8)]
-
-
-def make(folder: Path, rows: int = 40, names: list[str] = NAMES) -> Path:
-    """A checkpoint of float32 matrices, all different, with two that are copied."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    tensors = {n: rng.standard_normal((rows + i, 64), np.float32) for i, n in enumerate(names)}
-    tensors["ids"] = np.arange(100, dtype=np.int64)
-    tensors["mask"] = np.ones((3, 3), np.uint8)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"dtype": "float32"}')
-    return folder
-
-
-def plan_of(source: Path, applied: list[str] | None = None, **changes: object) -> Plan:
-    """float32 to bfloat16; `applied` notes each edit that is really carried out."""
-    checkpoint = open_checkpoint(source)
-    edits = []
-    for name in checkpoint:
-        edit = cast_edit(checkpoint, name, "BF16")
-        edits.append(edit if applied is None else replace(edit, apply=noting(edit, applied)))
-    plan = Plan(
-        "test", {"base": source}, {"dtype": "BF16"}, tuple(edits),
-        {"config.json": source / "config.json", "sub/note.txt": b"note"},
-        lambda results: {"tensors": len(results)},
-    )  # fmt: skip
-    return replace(plan, **changes)
-
-
-def noting(edit: Edit, applied: list[str]) -> Callable[[Step], Metrics]:
-    def apply(step: Step) -> Metrics:
-        applied.append(edit.name)
-        return edit.apply(step)
-
-    return apply
-
-
-def options(threads: int = 1, tile: int | None = 1 << 10, **output: object) -> RunOptions:
-    return RunOptions(
-        OutputOptions(**output), max_memory=tile and 8 * threads * tile, threads=threads
-    )
-
-
-RESUME, SHARDED = options(resume=True), 40_000
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """All files of a directory with their bytes; of the manifest all but the time it took."""
-    found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    if MANIFEST in found:
-        manifest = json.loads(found[MANIFEST])
-        manifest.pop("seconds")
-        found[MANIFEST] = json.dumps(manifest).encode()
-    return found
-
-
-def b3(data: bytes) -> str:
-    return f"blake3:{blake3.blake3(data).hexdigest()}"
+from tests.forked import with_files_up_to
+from tests.runs import NAMES, SHARDED, left, make, options, plan_of, tree
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +37,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("source") / "model")
 
 
-@pytest.fixture(scope="module")
-def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The output of a run that nothing disturbs, in shards."""
-    out = tmp_path_factory.mktemp("expected") / "out"
-    run(plan_of(source), out, options(max_shard=SHARDED))
-    return tree(out)
+def b3(data: bytes) -> str:
+    return f"blake3:{blake3.blake3(data).hexdigest()}"
 
 
 # --- what a run gives
@@ -293,10 +226,6 @@ def test_side_files_are_counted_in_what_the_disk_must_hold(tmp_path: Path, sourc
 # --- failing
 
 
-def left(folder: Path) -> list[str]:
-    return sorted(f.name for f in folder.iterdir())
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("old", [False, True], ids=["nothing there", "an old output"])
 def test_an_edit_that_fails_leaves_what_was_there(
@@ -387,6 +316,27 @@ def test_an_input_that_cannot_be_read_in_a_thread_is_named_with_its_tensor(
     assert left(tmp_path) == []
 
 
+def test_a_disk_that_is_full_for_what_is_kept_beside_the_tensors_is_one_line(
+    tmp_path: Path, source: Path
+) -> None:
+    def apply(step: Step) -> Metrics:
+        assert step.scratch
+        (step.scratch / "kept").symlink_to("/dev/full")
+        with (step.scratch / "kept").open("wb") as file:
+            file.write(b"x" * 100_000)
+        return {}
+
+    plan = plan_of(source)
+    edits = tuple(replace(e, apply=apply) if e.name == NAMES[2] else e for e in plan.edits)
+    with pytest.raises(OutputError) as error:
+        run(replace(plan, edits=edits), tmp_path / "out", options())
+    assert str(error.value) == (
+        f"{NAMES[2]}: what is kept of it for the end cannot be written (No space left on device). "
+        "Make room, or name another output."
+    )
+    assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_input_that_is_cut_while_it_is_read_is_one_line_and_no_crash(
     tmp_path: Path, source: Path, threads: int
@@ -453,372 +403,6 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing(
         "Check the disk, or name another output."
     )
     assert left(tmp_path) == []
-
-
-def test_a_disk_that_fills_up_during_the_run_leaves_what_resume_goes_on_with(
-    tmp_path: Path, source: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pwrite, calls = os.pwrite, []
-
-    def filling(fd: int, data: memoryview, at: int) -> int:
-        calls.append(at)
-        if len(calls) == 100:
-            raise OSError(28, "No space left on device")
-        return pwrite(fd, data[: len(data) // 2 + 1], at)  # and short writes on the way
-
-    monkeypatch.setattr(os, "pwrite", filling)
-    how = options(resume=True, max_shard=SHARDED)
-    with pytest.raises(OutputError) as error:
-        run(plan_of(source), tmp_path / "out", how)
-    message = str(error.value)
-    assert message.endswith(
-        " cannot be written (No space left on device). Make room, or name another output."
-    )
-    assert any(f": {name} " in message for name in NAMES)
-    assert left(tmp_path) == ["out.partial"]
-    run(plan_of(source), tmp_path / "out", how)
-    assert tree(tmp_path / "out") == expected
-    assert left(tmp_path) == ["out"]
-
-
-# --- interrupted
-
-
-SLOW = """
-import sys, time
-from dataclasses import replace
-from pathlib import Path
-sys.path[:0] = {path!r}
-from test_surgery import options, plan_of
-from lorasurgery.surgery import run
-
-source, out, delay, resume = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-
-def slow(edit):
-    def apply(step):
-        time.sleep(delay)
-        return edit.apply(step)
-    return replace(edit, apply=apply)
-
-plan = plan_of(source)
-plan = replace(plan, edits=tuple(map(slow, plan.edits)))
-how = replace(options(2, resume=resume == "resume", max_shard=40_000), progress=lambda *a: print(a, flush=True))
-print("begun", flush=True)
-run(plan, out, how)
-"""
-
-
-def slow_run(source: Path, out: Path, edits: int, resume: str = "") -> subprocess.Popen[str]:
-    """A run in a process of its own, of which so many edits have ended."""
-    code = SLOW.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, source, out, "0.1", resume],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout
-    for _ in range(edits + 1):
-        process.stdout.readline()
-    return process
-
-
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
-    process = slow_run(source, tmp_path / "x" / "out", 3)
-    assert left(tmp_path / "x") == ["out.partial"]
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert error.rstrip().endswith("KeyboardInterrupt")
-    assert left(tmp_path) == []
-
-
-def test_ctrl_c_with_resume_leaves_what_can_be_gone_on_with(
-    tmp_path: Path, source: Path, expected: dict[str, bytes]
-) -> None:
-    process = slow_run(source, tmp_path / "out", 4, "resume")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert left(tmp_path) == ["out.partial"]
-    check_resumed(source, tmp_path / "out", expected, at_least=4)
-
-
-@pytest.mark.parametrize("edits", [0, 1, 4, 8])
-def test_a_killed_process_leaves_what_can_be_gone_on_with(
-    tmp_path: Path, source: Path, expected: dict[str, bytes], edits: int
-) -> None:
-    process = slow_run(source, tmp_path / "out", edits)
-    time.sleep(random.Random(edits).random() * 0.08)
-    process.kill()
-    process.communicate(timeout=60)
-    assert "out" not in left(tmp_path)
-    check_resumed(source, tmp_path / "out", expected, at_least=edits)
-
-
-def check_resumed(
-    source: Path, out: Path, expected: Mapping[str, bytes], at_least: int = 0
-) -> None:
-    """A resumed run does the rest, and only that, and gives what an undisturbed one gives."""
-    journal = place.partial_of(out) / JOURNAL
-    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
-    finished = {json.loads(line)["edit"] for line in lines[1:]}
-    assert len(finished) >= at_least
-    applied: list[str] = []
-    report = run(plan_of(source, applied), out, options(resume=True, max_shard=SHARDED))
-    assert sorted(applied) == sorted({*NAMES, "ids", "mask"} - finished)
-    assert [r.name for r in report.results] == NAMES
-    assert tree(out) == expected
-    assert left(out.parent) == ["out"]
-
-
-def test_resume_of_a_finished_run_does_nothing_and_reports_the_same(
-    tmp_path: Path, source: Path
-) -> None:
-    first = run(plan_of(source), tmp_path / "out", RESUME)
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*")}
-    applied: list[str] = []
-    second = run(plan_of(source, applied), tmp_path / "out", RESUME)
-    assert applied == []
-    assert second == replace(first, seconds=round(first.seconds, 3))
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*")} == before
-
-
-@pytest.mark.parametrize("damage", ["a shard is gone", "a shard is cut", "another plan"])
-def test_resume_does_not_take_a_damaged_or_another_output_for_finished(
-    tmp_path: Path, source: Path, damage: str
-) -> None:
-    out = tmp_path / "out"
-    run(plan_of(source), out, RESUME)
-    plan = plan_of(source)
-    if damage == "a shard is gone":
-        (out / "model.safetensors").unlink()
-    elif damage == "a shard is cut":
-        os.truncate(out / "model.safetensors", 5000)
-    else:
-        plan = replace(plan, settings={"dtype": "other"})
-    before = tree(out)
-    with pytest.raises(OutputError) as error:
-        run(plan, out, RESUME)
-    assert str(error.value) == f"{out}: exists and is not empty. Pass --overwrite, or name another."
-    assert tree(out) == before
-
-
-@pytest.mark.parametrize("change", ["inputs", "settings", "operation", "shards", "edits"])
-def test_resume_of_a_run_that_was_another_one_is_refused_and_keeps_it(
-    tmp_path: Path, source: Path, change: str
-) -> None:
-    model, out = shutil.copytree(source, tmp_path / "model"), tmp_path / "out"
-    stop = replace(RESUME, progress=interrupt_after(3))
-    with pytest.raises(KeyboardInterrupt):
-        run(plan_of(model), out, stop)
-    how, plan = RESUME, plan_of(model)
-    if change == "inputs":
-        os.utime(model / "model.safetensors", (1, 1))
-        plan = plan_of(model)
-    elif change == "settings":
-        plan = replace(plan, settings={"dtype": "F16"})
-    elif change == "operation":
-        plan = replace(plan, operation="other")
-    elif change == "edits":
-        plan = replace(plan, edits=plan.edits[:-1])
-    else:
-        how = options(resume=True, max_shard=SHARDED)
-    before = tree(place.partial_of(out))
-    with pytest.raises(OutputError) as error:
-        run(plan, out, how)
-    assert str(error.value) == (
-        f"{out}.partial: was begun by another command or with other inputs. Repeat that command, or "
-        "pass --overwrite instead of --resume."
-    )
-    assert tree(place.partial_of(out)) == before
-
-
-def interrupt_after(edits: int) -> Callable[[int, int, str], None]:
-    seen: list[str] = []
-
-    def progress(_done: int, _all: int, name: str) -> None:
-        seen.append(name)
-        if len(seen) == edits:
-            raise KeyboardInterrupt
-
-    return progress
-
-
-# --- killed at every step
-
-EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.scandir",
-          "os.listdir", "shutil.copyfile", "shutil.rmtree", "fcntl.flock")  # fmt: skip
-
-
-def kill_at(step: int, counted: list[str] | None = None) -> None:
-    """From now on, this process kills itself at a step that touches the disk, or counts them.
-
-    A write is two steps: before it, and when half of it is done.
-    """
-    seen = 0
-
-    def event(name: str) -> None:
-        nonlocal seen
-        if counted is not None:
-            counted.append(name)
-        if seen == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-
-    def audit(name: str, arguments: tuple[object, ...]) -> None:
-        if name in EVENTS and "out" in str(arguments):
-            event(name)
-
-    pwrite, write, exchange = os.pwrite, os.write, place._exchange
-
-    def half_write(fd: int, data: bytes, at: int) -> int:
-        event("pwrite")
-        n = pwrite(fd, data[: (len(data) + 1) // 2], at)
-        event("half written")
-        return n
-
-    def half_line(fd: int, data: bytes) -> int:
-        event("journal")
-        n = write(fd, data[: len(data) // 2])
-        event("half a line")
-        return n + write(fd, data[n:])
-
-    def exchanged(a: Path, b: Path) -> bool:
-        event("before the exchange")
-        done = exchange(a, b)
-        event("after the exchange")
-        return done
-
-    sys.addaudithook(audit)
-    os.pwrite, os.write, place._exchange = half_write, half_line, exchanged
-
-
-def count_steps(work: Callable[[], object], file: Path) -> list[str]:
-    counted: list[str] = []
-
-    def child() -> None:
-        kill_at(-1, counted)
-        with suppress(Exception):
-            work()
-        file.write_text("\n".join(counted))
-
-    assert Child(child).wait() == "done"
-    return file.read_text().splitlines()
-
-
-def kill(step: int, work: Callable[[], object]) -> None:
-    def child() -> None:
-        kill_at(step)
-        work()
-
-    assert Child(child).wait() == "killed"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("small") / "model", 6, NAMES[:3])
-
-
-def ends(source: Path, out: Path, **output: object) -> Callable[[], Report]:
-    how = options(tile=None, max_shard=1500, **output)
-    return lambda: run(plan_of(source), out, how)
-
-
-def test_killed_at_every_step_the_output_is_absent_or_whole_and_can_be_finished(
-    tmp_path: Path, small: Path
-) -> None:
-    out = tmp_path / "at" / "out"
-    ends(small, tmp_path / "want" / "out")()
-    want = tree(tmp_path / "want" / "out")
-    steps = count_steps(ends(small, tmp_path / "count" / "out"), tmp_path / "steps")
-    assert steps.count("half written") > 6
-    assert "os.rename" in steps
-    absent = whole = 0
-    for step in range(len(steps)):
-        shutil.rmtree(tmp_path / "at", ignore_errors=True)
-        kill(step, ends(small, out))
-        if out.exists():
-            whole += 1
-            assert {n: b for n, b in tree(out).items() if n != JOURNAL} == want
-        else:
-            absent += 1
-        ends(small, out, resume=True)()
-        assert tree(out) == want
-        assert left(out.parent) == ["out"]
-    assert absent > 40
-    assert whole > 0
-
-
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
-@pytest.mark.parametrize("then", ["resume", "overwrite", "nothing"])
-def test_killed_at_every_step_of_a_replacement_the_old_output_or_the_new_one_is_there(
-    tmp_path: Path, small: Path, exchange: bool, then: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the exchange, the next run of any kind brings back what was there."""
-    if not exchange:
-        monkeypatch.setattr(place, "_exchange", lambda _a, _b: False)
-    out = tmp_path / "at" / "out"
-    ends(small, tmp_path / "want" / "out")()
-    new, old = tree(tmp_path / "want" / "out"), {"old.txt": b"old", "sub/b.txt": b"older"}
-
-    def begin(folder: Path) -> Callable[[], Report]:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        for name, content in old.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        return ends(small, folder, overwrite=True)
-
-    steps = count_steps(begin(tmp_path / "count" / "out"), tmp_path / "steps")
-    states = set()
-    # what comes before the old output is touched is killed in the test above
-    for step in range(steps.index("before the exchange") - 3, len(steps)):
-        kill(step, begin(out))
-        found = {n: b for n, b in tree(out).items() if n != JOURNAL} if out.exists() else None
-        if found is None:
-            assert not exchange
-            assert tree(place.replaced_of(out)).items() >= old.items()
-        assert found in (None, old, new)
-        states.add("absent" if found is None else "old" if found == old else "new")
-        if then == "nothing":
-            refused_as_before(small, out)
-        else:
-            ends(small, out, overwrite=True, resume=then == "resume")()
-            assert tree(out) == new
-            assert left(out.parent) == ["out"]
-    assert states == {"old", "new"} | (set() if exchange else {"absent"})
-
-
-def refused_as_before(small: Path, out: Path) -> None:
-    """A run that is told nothing finds the old output, or the new, and says so."""
-    with pytest.raises(OutputError) as error:
-        ends(small, out)()
-    assert str(error.value) == f"{out}: exists and is not empty. Pass --overwrite, or name another."
-    assert {"old.txt", "config.json"} & {f.name for f in out.iterdir()}
-    assert not place.replaced_of(out).exists()
-    assert not (out / JOURNAL).exists()
-
-
-# --- two at once
-
-
-def test_a_second_run_is_refused_while_the_first_goes_on_unharmed(
-    tmp_path: Path, source: Path, expected: dict[str, bytes]
-) -> None:
-    said: list[str] = []
-
-    def second(_done: int, _all: int, name: str) -> None:
-        if name == NAMES[3]:
-            for more in ({}, {"overwrite": True}, {"resume": True}):
-                with pytest.raises(OutputError) as error:
-                    run(plan_of(source), tmp_path / "out", options(max_shard=SHARDED, **more))
-                said.append(str(error.value))
-
-    run(plan_of(source), tmp_path / "out", replace(options(max_shard=SHARDED), progress=second))
-    assert (
-        said
-        == [
-            f"{tmp_path}/out.partial: another run is writing it. Wait for it, or name another output."
-        ]
-        * 3
-    )
-    assert tree(tmp_path / "out") == expected
 
 
 # --- edits that copy

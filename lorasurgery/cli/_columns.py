@@ -41,7 +41,7 @@ COLUMNS = {
     "max_error": Column("max error", _number),
     "parameters": Column("parameters", show_count, None),
     "decoded": Column("parameters", show_count, None),
-    "bits_per_parameter": Column("bits", _fixed),
+    "bits_per_parameter": Column("bits per parameter", _fixed),
     "retained": Column("retained", _fixed, _farthest_from_one),
     "noise": Column("noise", _fixed),
     "retained_signal": Column("retained", _fixed, _farthest_from_one),

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.errors import FormatError, MatchError, UnknownNameError
+from lorasurgery.layouts import EXPERTS
 from lorasurgery.plugins import suggestion
 from lorasurgery.problems import Problem
 
@@ -130,6 +131,9 @@ def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
     found = []
     for target in config.get("target_parameters") or ():
         owner, _, parameter = target.rpartition(".")
+        if not owner and parameter in EXPERTS:
+            # a bare name is of whichever modules own such a parameter: the stacks of experts
+            owner = module if module.endswith("experts") else parameter
         if not owner or module == owner or module.endswith(f".{owner}"):
             found.append(parameter)
     # fused experts register what leads in before what leads out

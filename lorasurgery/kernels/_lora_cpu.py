@@ -1,7 +1,7 @@
 """B A, and W + B A with what rounding made of it, in numba.
 
-A chunk of columns is held in the first-level cache while the rows pass by. The sum over the rank is
-unrolled by hand and never reassociated or fused, so its bits are the same on every processor.
+A chunk of columns is held in the first-level cache while the rows pass by in pairs. The sum over the rank
+is unrolled by hand and never reassociated or fused, so its bits are the same on every processor.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ f4, u8 = np.float32, np.uint64
 @jit
 def delta(a: Any, b: Any, out: Any) -> Any:
     """d[i, j] = sum over k = 0, 1, ... of b[i, k] a[k, j], each product and each sum rounded."""
-    columns = a.shape[1]
-    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty(CHUNK, f4)
+    rows, columns = out.shape
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
         chunk[:, :n] = a[:, start : start + n]
-        for i in range(out.shape[0]):
-            _row(b[i], chunk, d)
-            out[i, start : start + n] = d[:n]
+        for i in range(0, rows, 2):
+            last = min(i + 1, rows - 1)
+            _two_rows(b[i], b[last], chunk, d[0], d[1])
+            out[i, start : start + n] = d[0, :n]
+            out[last, start : start + n] = d[last - i, :n]
 
 
 @jit
@@ -40,24 +42,18 @@ def merge(w: Any, a: Any, b: Any, out: Any, chance: Any) -> Any:
     `chance` is None, or a tuple: the two keys of a seed, and the index of w's first element.
     """
     rows, columns = w.shape
-    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty(CHUNK, f4)
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
     sums = np.zeros((3, CHUNK), f4)
     signal = power = noise2 = 0.0
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
         chunk[:, :n] = a[:, start : start + n]
         for i in range(rows):
-            _row(b[i], chunk, d)
+            if i % 2 == 0:
+                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
             source, target = w[i, start : start + n], out[i, start : start + n]
-            if chance is None:
-                for j in range(n):
-                    target[j] = nearest(target[j], load(source[j]) + d[j])
-            else:
-                first = chance[2] + u8(i) * u8(columns) + u8(start)
-                for j in range(n):
-                    h = uniform(chance, first + u8(j))
-                    target[j] = by_chance(target[j], load(source[j]) + d[j], h)
-            _measure(source, target, d, sums)
+            _add(source, d[i % 2], target, chance, u8(i) * u8(columns) + u8(start))
+            _measure(source, target, d[i % 2], sums)
             if i % FLUSH == FLUSH - 1 or i == rows - 1:
                 for j in range(n):
                     signal += sums[0, j]
@@ -68,25 +64,38 @@ def merge(w: Any, a: Any, b: Any, out: Any, chance: Any) -> Any:
 
 
 @inner
-def _row(b: Any, a: Any, d: Any) -> Any:
-    """One row of a chunk; -0 is what a sum may begin with and leave no trace."""
+def _two_rows(b: Any, c: Any, a: Any, d: Any, e: Any) -> Any:
+    """Two rows share each load of a; -0 is what a sum may begin with and leave no trace."""
     rank, k = a.shape[0], 0
     for j in range(CHUNK):
-        d[j] = f4(-0.0)
-    while k + 8 <= rank:
+        d[j], e[j] = f4(-0.0), f4(-0.0)
+    while k + 4 <= rank:
         b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-        b4, b5, b6, b7 = b[k + 4], b[k + 5], b[k + 6], b[k + 7]
+        c0, c1, c2, c3 = c[k], c[k + 1], c[k + 2], c[k + 3]
         a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-        a4, a5, a6, a7 = a[k + 4], a[k + 5], a[k + 6], a[k + 7]
         for j in range(CHUNK):
-            x = d[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
-            d[j] = x + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
-        k += 8
+            x0, x1, x2, x3 = a0[j], a1[j], a2[j], a3[j]
+            d[j] = d[j] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+            e[j] = e[j] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+        k += 4
     while k < rank:
-        b0, a0 = b[k], a[k]
+        b0, c0, a0 = b[k], c[k], a[k]
         for j in range(CHUNK):
             d[j] = d[j] + b0 * a0[j]
+            e[j] = e[j] + c0 * a0[j]
         k += 1
+
+
+@inner
+def _add(source: Any, d: Any, target: Any, chance: Any, first: Any) -> Any:
+    if chance is None:
+        for j in range(len(source)):
+            target[j] = nearest(target[j], load(source[j]) + d[j])
+    else:
+        first = first + chance[2]
+        for j in range(len(source)):
+            h = uniform(chance, first + u8(j))
+            target[j] = by_chance(target[j], load(source[j]) + d[j], h)
 
 
 @inner

@@ -60,7 +60,7 @@ def cpu(a: Array, b: Array) -> Array:
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Ranks about the unrolling of 8, columns about the chunk of 256, none, and one."""
+    """Ranks about the unrolling, columns about the chunk of 256, none, and one."""
     import torch
 
     for rows, columns, rank in (

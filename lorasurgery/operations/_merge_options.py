@@ -49,8 +49,9 @@ class MergeOptions:
 
     @property
     def threshold(self) -> float | None:
-        """What stops the command, rather than being warned of."""
-        return None if self.min_retained is None and self.policy is None else self.wanted
+        """What stops the command, rather than being warned of; 0 asks for nothing."""
+        asked = self.min_retained is not None or self.policy is not None
+        return self.wanted if asked and self.wanted > 0 else None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -92,6 +93,7 @@ class MergeOptions:
         if policy == "residual" and self.rank < 1:
             raise UsageError(f"--rank {self.rank}: is not positive. Take 16, say.")
         _refuse_fp4(model, policy)
+        _refuse_turned(model, policy, self.undo)
 
 
 def _refuse_fp4(model: Model, policy: str | None) -> None:
@@ -100,4 +102,14 @@ def _refuse_fp4(model: Model, policy: str | None) -> None:
         raise UsageError(
             f"--requantize {policy}: {first.info.name} is {first.state['quant_type']}, which is read "
             "but not written. Merge into 16 bits."
+        )
+
+
+def _refuse_turned(model: Model, policy: str | None, undo: Path | None) -> None:
+    """Codes of [out, in] cannot be tiled by rows of [in, out]."""
+    if model.weights.turned and (policy or undo):
+        flag = f"--requantize {policy}" if policy else "--undo"
+        raise UsageError(
+            f"{flag}: {model.path} packs Conv1D weights as [out, in]. Merge into 16 bits without "
+            "it, or into the 16-bit original."
         )

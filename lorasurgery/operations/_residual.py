@@ -7,7 +7,6 @@ directions (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, Alg. 4.4 and 5.1), i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.arrays import Array
+from lorasurgery.checkpoint import SCRATCH
 from lorasurgery.formats import safetensors
 from lorasurgery.operations._undo_record import file_name
 from lorasurgery.targets import LowRank
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorasurgery.edit import Step
 
 FOLDER = "residual_adapter"
-_SCRATCH = ".residual"
+_SCRATCH = "residual"
 _OVERSAMPLE, _ITERATIONS = 8, 4
 
 
@@ -55,8 +55,8 @@ def factors(lost: Array, rank: int) -> tuple[Array, Array]:
 
 def write_adapter(partial: Path, names: Iterable[str], rank: int, task: str | None) -> None:
     """residual_adapter/ with adapter_config.json and adapter_model.safetensors, from what was kept."""
-    folder, scratch = partial / FOLDER, partial / _SCRATCH
-    folder.mkdir()
+    folder, scratch = partial / FOLDER, partial / SCRATCH / _SCRATCH
+    folder.mkdir(exist_ok=True)
     arrays: dict[str, Array] = {}
     modules, smaller = [], {}
     for name in names:
@@ -80,4 +80,3 @@ def write_adapter(partial: Path, names: Iterable[str], rank: int, task: str | No
         "rank_pattern": smaller, "alpha_pattern": smaller,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(scratch)

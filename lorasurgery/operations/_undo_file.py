@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ import blake3
 from lorasurgery import __version__
 from lorasurgery.adapter import Adapter
 from lorasurgery.arrays import as_bytes
-from lorasurgery.checkpoint import weight_files
+from lorasurgery.checkpoint import SCRATCH, weight_files
 from lorasurgery.errors import FormatError, OutputError
 from lorasurgery.formats import safetensors
 from lorasurgery.model import Model
-from lorasurgery.operations._undo_record import SCRATCH, file_name
+from lorasurgery.operations._undo_record import FOLDER, file_name
 from lorasurgery.output import INDEX
+from lorasurgery.place import writing
 from lorasurgery.tensors import TensorInfo
 
 FORMAT = "lorasurgery-undo-1"
@@ -41,8 +43,8 @@ class Undo:
     facts: Mapping[str, Any]  # the base's layout, config and index; the adapters
 
     def assemble(self, partial: Path) -> None:
-        """All recorded tensors into one file, which appears at once or not at all."""
-        folder = partial / SCRATCH
+        """All recorded tensors into one file, which has its name when the output is complete."""
+        folder = partial / SCRATCH / FOLDER
         names = [*self.differences, *self.wholes]
         files = [folder / file_name(name) for name in names]
         infos = [
@@ -50,17 +52,24 @@ class Undo:
         ]
         facts = {**self.facts, "lorasurgery": __version__, "wholes": list(self.wholes)}
         header = safetensors.header_of(infos, {"format": FORMAT, "facts": json.dumps(facts)})
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            with part.open("wb") as out:
-                out.write(len(header).to_bytes(8, "little") + header)
-                for file in files:
-                    with file.open("rb") as source:
-                        shutil.copyfileobj(source, out)
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        with writing(self._part, "the undo file"), self._part.open("wb") as out:
+            out.write(len(header).to_bytes(8, "little") + header)
+            for file in files:
+                with file.open("rb") as source:
+                    shutil.copyfileobj(source, out)
+
+    def publish(self) -> None:
+        """The output is complete: the assembled file gets its name, if it has not yet."""
+        with writing(self.path, "the undo file"), suppress(FileNotFoundError):
+            os.replace(self._part, self.path)
+
+    def discard(self) -> None:
+        """There will be no output: an undo file of an older one stays what it is."""
+        self._part.unlink(missing_ok=True)
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
 
 
 def check_target(path: Path, output: Path, *, overwrite: bool) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # (first row, last row + 1, merged [rows, columns], a, b) of a tensor
 Keep: TypeAlias = Callable[[int, int, Array, Array, Array], None]
 
-SCRATCH = ".undo"
+FOLDER = "undo"
 DIGEST_BYTES = 32
 _LEVEL = 3
 CHUNK = 1 << 16
@@ -101,7 +101,7 @@ def keeping(step: Step, kept: Kept | None) -> Iterator[Keep]:
     if kept is None or step.scratch is None:
         yield lambda *_: None
         return
-    folder = step.scratch / SCRATCH
+    folder = step.scratch / FOLDER
     folder.mkdir(exist_ok=True)
     for name in kept.wholes:
         with recording(folder, name) as recorder:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.errors import FormatError
+from lorasurgery.layouts import is_conv1d
 from lorasurgery.model import HUB_ID
 from lorasurgery.operations._adapter_facts import adapter_facts
 from lorasurgery.operations._folding import fold, natural
@@ -52,7 +53,8 @@ class Inspection:
 def inspect(text: str) -> Inspection:
     """A directory, a file, or a hub id, of which only headers are fetched."""
     source = _open(text)
-    weights = Weights(source.stored)
+    config = source.documents.get("config.json", {})
+    weights = Weights(source.stored, turned=lambda name: is_conv1d(config, name))
     tensors = [_row(weights, name) for name in sorted(weights, key=natural)]
     return Inspection(
         path=source.label,

@@ -60,6 +60,8 @@ def plan_merge(
         lambda results: _total(results, edits),
         check=lambda report: check(report, options),
         finish=finish,
+        publish=undo.publish if undo else lambda: None,
+        discard=undo.discard if undo else lambda: None,
         notes=work.notes,
     )  # fmt: skip
 

@@ -12,7 +12,9 @@ from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import Codec, CodecOptions, Packed, Rule
 from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.kernels import nf4_error
+from lorasurgery.layouts import is_conv1d
 from lorasurgery.model import Model, linear_weights, matches, open_model
+from lorasurgery.operations._transposed import Transposed
 from lorasurgery.surgery import (
     Edit,
     Metrics,
@@ -58,18 +60,18 @@ def plan_quantize(model: Model, options: QuantizeOptions) -> Plan:
             raise MatchError(
                 f"{model.path}: no tensor matches {pattern!r}. See `lorasurgery inspect`."
             )
-    chosen = set(linear_weights(model, options.include, options.exclude))
+    chosen = dict.fromkeys(linear_weights(model, options.include, options.exclude))
     if not chosen:
         raise MatchError(
             f"{model.path}: none of its {len(model.weights)} tensors is a linear weight. "
             "Name some with --include."
         )
     codec = codec_of(CODEC)
-    packed = {n: codec.parts(model.weights.info(n), options.codec) for n in chosen}
+    conv1d = {n for n in chosen if is_conv1d(model.config, n)}
+    source = Transposed(model.weights, conv1d)
+    packed = {n: codec.parts(source.info(n), options.codec) for n in chosen}
     edits = [
-        quantize_edit(model.weights, codec, packed[n])
-        if n in chosen
-        else copy_edit(model.stored, n)
+        quantize_edit(source, codec, packed[n]) if n in chosen else copy_edit(model.stored, n)
         for n in model.weights
     ]
     return Plan(

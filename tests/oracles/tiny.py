@@ -29,6 +29,7 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
@@ -107,7 +108,9 @@ def llava() -> PreTrainedModel:
 
 def qwen2_vl() -> PreTrainedModel:
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
-    config = Qwen2VLConfig(text_config=_ATTENTION | {"intermediate_size": 48}, vision_config=vision)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text = _ATTENTION | {"intermediate_size": 48, "rope_parameters": rope}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
     return Qwen2VLForConditionalGeneration(config)
 
 
@@ -126,6 +129,12 @@ KINDS = {
     "llama-tied": Kind(lambda: llama(tie_word_embeddings=True)),
     "llama-sharded": Kind(llama, saving={"max_shard_size": "20KB"}),
     "llama-nf4-sizes": Kind(llama_nf4_sizes),
+    "llama-classifier": Kind(
+        lambda: LlamaForSequenceClassification(
+            LlamaConfig(**_ATTENTION, intermediate_size=48, num_labels=3)
+        ),
+        AutoModelForSequenceClassification,
+    ),
     "gpt2": Kind(lambda: GPT2LMHeadModel(gpt2())),
     # names without `transformer.`, as the first checkpoints of GPT-2 on the hub have them
     "gpt2-headless": Kind(lambda: GPT2Model(gpt2())),
