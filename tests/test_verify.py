@@ -24,7 +24,7 @@ from verify_case import (
 )
 
 from lorasurgery.cli.app import app
-from lorasurgery.errors import VerificationError
+from lorasurgery.errors import MatchError, VerificationError
 from lorasurgery.operations.verify import VerifyOptions, insist, verify
 
 
