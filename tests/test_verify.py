@@ -24,7 +24,7 @@ from verify_case import (
 )
 
 from lorasurgery.cli.app import app
-from lorasurgery.errors import VerificationError
+from lorasurgery.errors import MatchError, VerificationError
 from lorasurgery.operations.verify import VerifyOptions, insist, verify
 
 
@@ -248,6 +248,26 @@ def test_a_requantized_merge_holds_only_if_the_change_is_kept(quantized):
     assert found.min_retained == 0.9
     assert (found.total["retained"] > 0.9) == large
     assert found.holds == large
+
+
+def test_a_quantized_tensor_whose_small_change_is_lost_is_noted(tmp_path):
+    case = Case(tmp_path, size=0.3)
+    a, b = case.factors[Q]
+    case.factors[Q] = (a, 0.03 * b)
+    case.write_adapter("uneven", case.factors)
+    nf4(tmp_path / "base", tmp_path / "b")
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    case.base |= {f"{m}.weight": decode(stored, f"{m}.weight") for m in SHAPES}
+    case.save("again", case.merged())
+    nf4(tmp_path / "again", tmp_path / "n")
+    found = verify(tmp_path / "n", tmp_path / "b", [str(tmp_path / "uneven")], VerifyOptions())
+    assert found.holds, causes(found)
+    rho = by_name(found)[f"{Q}.weight"].rho
+    assert rho < 0.3
+    assert found.notes == (
+        f"less than 0.9 of the change is in 1 quantized tensors, {rho:.3f} in {Q}.weight: lost in "
+        "rounding, or never merged.",
+    )
 
 
 def test_a_requantized_merge_done_twice_does_not_hold(quantized):

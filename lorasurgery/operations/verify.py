@@ -20,6 +20,7 @@ from lorasurgery.model import open_model
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations._check import Finding, check
 from lorasurgery.operations._expected import Expected, expect
+from lorasurgery.operations._verdict import CODES
 from lorasurgery.surgery import Progress
 
 LEAST = 0.9  # of a change, where a merge into codes must keep it
@@ -80,6 +81,7 @@ def verify(
             f"rounding kept {total['retained']:.3f} of the change. `lorasurgery merge` with --dtype "
             "float32 or --rounding stochastic keeps more."
         )
+    notes += _weak(findings, least)
     return Verification(
         merged, base, tuple(adapters), findings, total, enforced,
         time.perf_counter() - started, tuple(notes),
@@ -100,6 +102,19 @@ def insist(found: Verification) -> None:
             f"--min-retained {found.min_retained:g}: it was lost in rounding, or never merged. Merge in "
             "another way: to float32, or with another --requantize policy."
         )
+
+
+def _weak(findings: Sequence[Finding], least: float) -> list[str]:
+    """What rounding to the nearest codes explains, and cannot be told from no merge at all."""
+    kept = {f.tensor: f.rho for f in findings if f.rounding == CODES and f.rho is not None}
+    weak = {tensor: rho for tensor, rho in kept.items() if rho < least}
+    if not weak:
+        return []
+    worst = min(weak, key=weak.__getitem__)
+    return [
+        f"less than {least:g} of the change is in {len(weak)} quantized tensors, {weak[worst]:.3f} in "
+        f"{worst}: lost in rounding, or never merged."
+    ]
 
 
 def _check_all(expected: Expected, least: float, options: VerifyOptions) -> tuple[Finding, ...]:
