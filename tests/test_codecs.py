@@ -175,15 +175,15 @@ def test_parts_of_other_sizes_are_named(tmp_path, key, cut, message):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (b"{}", "'dtype'"),
+        (b"{}", "shape None"),
         (b"nf4", "Expecting value: line 1 column 1 (char 0)"),
-        (b'{"dtype": "complex", "shape": [1], "blocksize": 64}', "'complex'"),
+        (b'{"dtype": "complex", "shape": [1], "blocksize": 64}', "dtype 'complex'"),
     ],
 )
 def test_a_state_that_says_nothing_is_named(tmp_path, text, reason):
     key = "layer.weight.quant_state.bitsandbytes__nf4"
     source = stored_file(tmp_path, lambda parts: parts.update({key: np.frombuffer(text, np.uint8)}))
-    message = f"{source.path}: {key}: not a quantization state ({reason})."
+    message = f"{source.path}: {key}: not a quantization state ({reason}). Restore the file."
     with pytest.raises(FormatError, match=f"^{re.escape(message)}$"):
         nf4.group(source)
 
