@@ -21,6 +21,8 @@ from lorasurgery.kernels.nf4_dequantize import NF4
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+_MIDDLES = (NF4[1:] + NF4[:-1]) / np.float32(2)
+_LEVELS = np.stack([NF4, np.append(np.diff(NF4), np.float32(0))])  # and the gap above each
 TINY = 1e-38  # a smaller scale counts as this, so that its reciprocal is finite
 
 
@@ -87,11 +89,11 @@ def cpu(
     keep = absmax is not None
     scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax.copy()
     codes = np.empty(-(-len(flat) // 2), np.uint8)
-    call = source(flat), block, NF4, keep, scales, codes
     if seed is None:
-        quantize(*call)
+        quantize(source(flat), block, _MIDDLES, keep, scales, codes)
     else:
-        quantize_by_chance(*call, (*keys(seed), np.uint64(offset)))
+        chance = (*keys(seed), np.uint64(offset))
+        quantize_by_chance(source(flat), block, _LEVELS, keep, scales, codes, chance)
     return codes, scales
 
 
