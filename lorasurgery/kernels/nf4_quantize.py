@@ -46,10 +46,16 @@ def run(
             f"nf4_quantize: the weight is {dtype_name(flat.dtype)} {list(flat.shape)}, but flat "
             f"{', '.join(FLOATS)} are needed. Flatten or convert it."
         )
-    n = flat.shape[0]
-    codes = np.empty(-(-n // 2), np.uint8)
-    given = np.empty(-(-n // max(block, 1)), np.float32) if absmax is None else absmax
-    nf4_dequantize.check(n, codes, given, block, "nf4_quantize")
+    nf4_dequantize.check_block(block, "nf4_quantize")
+    n, blocks = flat.shape[0], -(-flat.shape[0] // block)
+    if absmax is not None and (
+        tuple(absmax.shape) != (blocks,) or dtype_name(absmax.dtype) != "float32"
+    ):
+        raise ShapeError(
+            f"nf4_quantize: the scales to keep are {dtype_name(absmax.dtype)} "
+            f"{list(absmax.shape)}, but {n} weights in blocks of {block} have float32 [{blocks}]. "
+            "Check the block size."
+        )
     result: tuple[Data, Data] = dispatch(cpu, launch, flat, block, absmax, seed, offset)
     return result
 
