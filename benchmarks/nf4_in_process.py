@@ -21,6 +21,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from lorasurgery.arrays import Array, to_torch
 from lorasurgery.codec import CodecOptions, Packed, Rule
 from lorasurgery.codecs import nf4
+from lorasurgery.kernels import double_quantize
 from lorasurgery.surgery import TILE_BYTES
 from lorasurgery.tensors import TensorInfo
 
@@ -67,7 +68,11 @@ def main() -> None:
     packed = nf4.parts(TensorInfo("w.weight", "BF16", weight.shape), CodecOptions())
     flat, tensor = weight.reshape(-1), to_torch(weight)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        # the last bit of their offset depends on how many threads sum; ours is that of two
+        threads = torch.get_num_threads()
+        torch.set_num_threads(double_quantize.THREADS)
         check(*ours(flat, packed, pool), theirs(tensor))  # also warms both
+        torch.set_num_threads(threads)
         times: dict[str, list[float]] = {"ours": [], "peer": []}
         for _ in range(repeats):
             times["ours"].append(seconds(lambda: ours(flat, packed, pool)))

@@ -158,8 +158,8 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
         ),
         (
             lambda: nf4_quantize.run(np.zeros(65, F4), 64, np.zeros(1, F4)),
-            "nf4_quantize: 65 weights in blocks of 64 have 33 bytes of codes and 2 scales, but "
-            "there are [33] and [1]. Check the quantization state.",
+            "nf4_quantize: the scales to keep are float32 [1], but 65 weights in blocks of 64 have "
+            "float32 [2]. Check the block size.",
         ),
         (
             lambda: nf4_dequantize.run(np.zeros(32, U1), np.zeros(1, np.float16), 64, 64, BF, NF4),

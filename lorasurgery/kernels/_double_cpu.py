@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lorasurgery.arrays import Array
+from lorasurgery.kernels._floats import source
 from lorasurgery.kernels._numba import inner, jit
 
 LANES = 8  # of torch's vectors, also on processors with wider ones: its sum has no wider form
@@ -14,18 +16,30 @@ GRAIN = 32768  # torch gives no thread fewer elements
 f4, f8 = np.float32, np.float64
 
 
-@jit
-def mean(x: Any, threads: Any) -> Any:
+def mean(x: Array, threads: int) -> np.float32:
     """torch.mean of float32 [n] on so many threads, bit for bit."""
     n = len(x)
     if n < GRAIN or threads == 1:
-        return _sum(x) / f4(n)
+        return f4(total(x) / f4(n))
+    pieces = min(threads, -(-n // GRAIN))
+    length = -(-n // pieces)
     parts = np.zeros(threads, f4)
-    pieces = min(threads, (n + GRAIN - 1) // GRAIN)
-    length = (n + pieces - 1) // pieces
     for i in range(pieces):
-        parts[i] = _sum(x[i * length : (i + 1) * length])
-    return _sum(parts) / f4(n)
+        parts[i] = total(x[i * length : (i + 1) * length])
+    return f4(total(source(parts)) / f4(n))
+
+
+@jit
+def total(x: Any) -> Any:
+    """One thread's sum: 32 running sums, the vector's rest, the scalar rest, then the lanes."""
+    n = len(x)
+    lanes = LANES if n >= LANES else 1
+    found, result = _lanes(x, lanes), f4(0)
+    for k in range(n // lanes * lanes, n):
+        result += x[k]
+    for k in range(lanes):
+        result += found[k]
+    return result
 
 
 @jit
@@ -39,7 +53,8 @@ def quantize(absmax: Any, offset: Any, block: Any, positions: Any, q: Any, neste
             largest = max(largest, abs(absmax[j] - offset))
         nested[i] = largest
         if largest == 0:
-            q[start:stop] = 0
+            for j in range(start, stop):
+                q[j] = 0
             continue
         inverse = f4(1) / largest
         for j in range(start, stop):
@@ -61,20 +76,6 @@ def dequantize(q: Any, nested: Any, offset: Any, block: Any, table: Any, out: An
 
 
 @inner
-def _sum(x: Any) -> Any:
-    """One thread's sum: 32 running sums, the vector's rest, the scalar rest, then the lanes."""
-    n = len(x)
-    if n < LANES:
-        return _lanes(x, 1)[0]
-    total, lanes = f4(0), _lanes(x, LANES)
-    for k in range(n // LANES * LANES, n):
-        total += x[k]
-    for k in range(LANES):
-        total += lanes[k]
-    return total
-
-
-@inner
 def _lanes(x: Any, lanes: Any) -> Any:
     """Sums of every lanes-th element, four at a time, cascaded over four levels."""
     width, vectors = 4 * lanes, len(x) // lanes
@@ -87,23 +88,24 @@ def _lanes(x: Any, lanes: Any) -> Any:
         _add_rows(x[i * width : (i + step) * width], sums[0])
         i += step
         for level in range(1, 4):
-            sums[level] += sums[level - 1]
-            sums[level - 1] = 0
+            _add_rows(sums[level - 1], sums[level])
+            for k in range(width):
+                sums[level - 1, k] = f4(0)
             if i & ((step - 1) << (level * power)):
                 break
     _add_rows(x[i * width : rows * width], sums[0])
     for level in range(1, 4):
-        sums[0] += sums[level]
+        _add_rows(sums[level], sums[0])
     found = sums[0, :lanes]
-    for v in range(4 * rows, vectors):
-        found += x[v * lanes : (v + 1) * lanes]
+    _add_rows(x[4 * rows * lanes : vectors * lanes], found)
     for k in range(1, 4):
-        found += sums[0, k * lanes : (k + 1) * lanes]
+        _add_rows(sums[0, k * lanes : (k + 1) * lanes], found)
     return found
 
 
 @inner
 def _add_rows(x: Any, sums: Any) -> Any:
+    """One row of x after another, each as long as `sums`."""
     width = len(sums)
     for start in range(0, len(x), width):
         row = x[start : start + width]

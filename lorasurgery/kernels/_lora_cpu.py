@@ -27,12 +27,13 @@ def delta(a: Any, b: Any, out: Any) -> Any:
     chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
-        chunk[:, :n] = a[:, start : start + n]
-        for i in range(0, rows, 2):
-            last = min(i + 1, rows - 1)
-            _two_rows(b[i], b[last], chunk, d[0], d[1])
-            out[i, start : start + n] = d[0, :n]
-            out[last, start : start + n] = d[last - i, :n]
+        _take(a, start, chunk)
+        for i in range(rows):
+            if i % 2 == 0:
+                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
+            source, target = d[i % 2], out[i, start : start + n]
+            for j in range(n):
+                target[j] = source[j]
 
 
 @jit
@@ -47,7 +48,7 @@ def merge(w: Any, a: Any, b: Any, out: Any, chance: Any) -> Any:
     signal = power = noise2 = 0.0
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
-        chunk[:, :n] = a[:, start : start + n]
+        _take(a, start, chunk)
         for i in range(rows):
             if i % 2 == 0:
                 _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
@@ -59,8 +60,17 @@ def merge(w: Any, a: Any, b: Any, out: Any, chance: Any) -> Any:
                     signal += sums[0, j]
                     power += sums[1, j]
                     noise2 += sums[2, j]
-                sums[:] = 0
+                    sums[0, j] = sums[1, j] = sums[2, j] = f4(0)
     return signal, power, noise2
+
+
+@inner
+def _take(a: Any, start: Any, chunk: Any) -> Any:
+    """The columns from `start` on; what lies beyond the last is computed with, and not used."""
+    for k in range(a.shape[0]):
+        source, target = a[k, start : start + CHUNK], chunk[k]
+        for j in range(len(source)):
+            target[j] = source[j]
 
 
 @inner

@@ -22,16 +22,15 @@ f4, u4, u8, i1 = np.float32, np.uint32, np.uint64, np.uint8
 
 
 @jit
-def quantize(flat: Any, block: Any, table: Any, keep: Any, absmax: Any, codes: Any) -> Any:
-    """Fill codes, and absmax unless `keep`, to the nearest entry of the table."""
+def quantize(flat: Any, block: Any, middles: Any, keep: Any, absmax: Any, codes: Any) -> Any:
+    """Fill codes, and absmax unless `keep`, to the nearest level, given the middles between them."""
     n = len(flat)
     x, nibbles = np.empty(SPAN, f4), np.empty(SPAN, i1)
-    middle = (table[1:] + table[:-1]) * f4(0.5)
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
         scales = absmax[start // block : (start + size + block - 1) // block]
         _normalize(flat[start : start + size], block, keep, scales, x)
-        _count(x, middle, nibbles)
+        _count(x, middles, nibbles)
         # the spare half of a last byte is the code of 0, as bitsandbytes pads
         if size % 2:
             nibbles[size] = 7
@@ -40,17 +39,20 @@ def quantize(flat: Any, block: Any, table: Any, keep: Any, absmax: Any, codes: A
 
 @jit
 def quantize_by_chance(
-    flat: Any, block: Any, table: Any, keep: Any, absmax: Any, codes: Any, chance: Any
+    flat: Any, block: Any, levels: Any, keep: Any, absmax: Any, codes: Any, chance: Any
 ) -> Any:
-    """The same to one of the two neighbouring entries; `chance`: two keys and the first index."""
-    n = len(flat)
+    """The same to one of two neighbouring levels; `chance`: two keys and the first index.
+
+    levels: float32 [2, 16], the levels and how far above each the next one is (0 for the last).
+    """
+    n, table = len(flat), levels[0]
     x, nibbles = np.empty(SPAN, f4), np.empty(SPAN, i1)
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
         scales = absmax[start // block : (start + size + block - 1) // block]
         _normalize(flat[start : start + size], block, keep, scales, x)
         _count(x, table[1:], nibbles)
-        _raise_by_chance(x[:size], table, chance, start, nibbles)
+        _raise_by_chance(x[:size], levels, chance, start, nibbles)
         if size % 2:
             nibbles[size] = 7
         _pack(nibbles, codes[start // 2 : (start + size + 1) // 2])
@@ -87,8 +89,11 @@ def error(flat: Any, codes: Any, absmax: Any, block: Any, pairs: Any) -> Any:
             for j in range(SPAN):
                 error2 += sums[0, j]
                 norm2 += sums[1, j]
-            sums[:2] = 0
-    return error2, norm2, sums[2].max()
+                sums[0, j] = sums[1, j] = f4(0)
+    largest = f4(0)
+    for j in range(SPAN):
+        largest = max(largest, sums[2, j])
+    return error2, norm2, largest
 
 
 @inner
@@ -138,10 +143,9 @@ def _count(x: Any, bounds: Any, nibbles: Any) -> Any:
 
 
 @inner
-def _raise_by_chance(x: Any, table: Any, chance: Any, start: Any, nibbles: Any) -> Any:
-    """From the entry below x to the one above it, with odds of the distance from below."""
-    gaps = np.zeros(16, f4)
-    gaps[:15] = table[1:] - table[:-1]
+def _raise_by_chance(x: Any, levels: Any, chance: Any, start: Any, nibbles: Any) -> Any:
+    """From the level below x to the one above it, with odds of the distance from below."""
+    table, gaps = levels[0], levels[1]
     first = chance[2] + u8(start)
     for j in range(len(x)):
         low = nibbles[j]

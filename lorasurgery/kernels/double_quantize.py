@@ -71,7 +71,7 @@ def cpu(absmax: Array, threads: int = THREADS) -> tuple[Array, Array, np.float32
 
     absmax = source(absmax)
     q, nested = np.empty(len(absmax), np.uint8), np.empty(-(-len(absmax) // BLOCK), np.float32)
-    offset = np.float32(mean(absmax, threads))
+    offset = mean(absmax, threads)
     quantize(absmax, offset, BLOCK, positions(), q, nested)
     return q, nested, offset
 

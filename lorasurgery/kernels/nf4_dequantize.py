@@ -58,13 +58,18 @@ def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data
     return result
 
 
-def check(n: int, codes: Any, absmax: Any, block: int, kernel: str) -> None:
-    """Raises ShapeError unless codes and scales are those of n weights."""
+def check_block(block: int, kernel: str) -> None:
+    """Raises ShapeError unless kernels can take blocks of this size."""
     if not 2 <= block <= MAX_BLOCK or block & (block - 1):
         raise ShapeError(
             f"{kernel}: block size {block} is not a power of two from 2 to {MAX_BLOCK}. "
             "Check the quantization state."
         )
+
+
+def check(n: int, codes: Any, absmax: Any, block: int, kernel: str) -> None:
+    """Raises ShapeError unless codes and scales are those of n weights."""
+    check_block(block, kernel)
     got = [*codes.shape, *absmax.shape]
     if codes.ndim != 1 or absmax.ndim != 1 or got != [-(-n // 2), -(-n // block)]:
         raise ShapeError(

@@ -21,6 +21,8 @@ from lorasurgery.kernels.nf4_dequantize import NF4
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+_MIDDLES = (NF4[1:] + NF4[:-1]) / np.float32(2)
+_LEVELS = np.stack([NF4, np.append(np.diff(NF4), np.float32(0))])  # and the gap above each
 TINY = 1e-38  # a smaller scale counts as this, so that its reciprocal is finite
 
 
@@ -44,10 +46,16 @@ def run(
             f"nf4_quantize: the weight is {dtype_name(flat.dtype)} {list(flat.shape)}, but flat "
             f"{', '.join(FLOATS)} are needed. Flatten or convert it."
         )
-    n = flat.shape[0]
-    codes = np.empty(-(-n // 2), np.uint8)
-    given = np.empty(-(-n // max(block, 1)), np.float32) if absmax is None else absmax
-    nf4_dequantize.check(n, codes, given, block, "nf4_quantize")
+    nf4_dequantize.check_block(block, "nf4_quantize")
+    n, blocks = flat.shape[0], -(-flat.shape[0] // block)
+    if absmax is not None and (
+        tuple(absmax.shape) != (blocks,) or dtype_name(absmax.dtype) != "float32"
+    ):
+        raise ShapeError(
+            f"nf4_quantize: the scales to keep are {dtype_name(absmax.dtype)} "
+            f"{list(absmax.shape)}, but {n} weights in blocks of {block} have float32 [{blocks}]. "
+            "Check the block size."
+        )
     result: tuple[Data, Data] = dispatch(cpu, launch, flat, block, absmax, seed, offset)
     return result
 
@@ -87,11 +95,11 @@ def cpu(
     keep = absmax is not None
     scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax.copy()
     codes = np.empty(-(-len(flat) // 2), np.uint8)
-    call = source(flat), block, NF4, keep, scales, codes
     if seed is None:
-        quantize(*call)
+        quantize(source(flat), block, _MIDDLES, keep, scales, codes)
     else:
-        quantize_by_chance(*call, (*keys(seed), np.uint64(offset)))
+        chance = (*keys(seed), np.uint64(offset))
+        quantize_by_chance(source(flat), block, _LEVELS, keep, scales, codes, chance)
     return codes, scales
 
 
