@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Base, done, make_adapter, merged_by_peft, same_weights, surgery
+from merging import done, make_adapter, merged_by_peft, same_weights, surgery
+from tiny import Base
 
 Bases = Callable[..., Base]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOKENS, Base, done, tensors
+from merging import done
+from tiny import TOKENS, Base, tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
