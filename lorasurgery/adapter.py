@@ -52,6 +52,9 @@ class Site:
     config: AdapterConfig
     factors: Mapping[str, TensorInfo]
     load: Callable[[], Mapping[str, Array]]
+    kernel: tuple[
+        int, ...
+    ] = ()  # of a convolution, whose W [out, in, *kernel] is seen as [out, in]
     fan_in_fan_out: bool = False  # a hint that W is stored [in, out]; PEFT writes its last module's
 
 
@@ -86,6 +89,10 @@ class Variant(Protocol):
         self, x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig
     ) -> Tensor: ...
 
+    def from_lora(self, w: A, a: A, b: A) -> dict[str, A] | None:
+        """Factors of this variant, at rank len(a) and scaling 1, that change W by B A; None if none do."""
+        ...
+
     def low_rank(self, factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:
         """A [k, in] and B [out, k], scaling folded in, with delta = B A; None if there is no such form."""
         ...
@@ -99,3 +106,12 @@ class Dialect(Protocol):
         ...
 
     def read(self, path: Path) -> Adapter: ...
+
+    @property
+    def VARIANTS(self) -> tuple[str, ...]:
+        """What this layout can hold; `write` refuses the others."""
+        ...
+
+    def write(self, adapter: Adapter, folder: Path) -> None:
+        """The adapter's files into an empty directory. Raises FormatError for what they cannot say."""
+        ...

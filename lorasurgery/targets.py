@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +16,7 @@ from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
+    from lorasurgery.change import Change, LowRank
     from lorasurgery.model import Model
 
 
@@ -25,14 +26,22 @@ class Share:
 
     site: Site
     part: Part
+    info: TensorInfo  # of the tensor
     turned: bool
     weight: float = 1.0
 
-    def factors(self) -> tuple[Array, Array]:
-        """A float32 [n, k, columns] and B [n, rows, k] with the tensor's change B A; n experts, or 1."""
-        variant = cast(Variant, plugins.load("adapters", self.site.config.variant))
-        form = variant.low_rank(self.site.load(), self.site.config)
-        assert form is not None, f"{self.site.config.variant} has no low-rank form"
+    @property
+    def variant(self) -> Variant:
+        return cast(Variant, plugins.load("adapters", self.site.config.variant))
+
+    def factors(self) -> tuple[Array, Array] | None:
+        """A float32 [n, k, columns] and B [n, rows, k] with the tensor's change B A, or None.
+
+        n is the number of experts, or 1; None where the variant has no such form.
+        """
+        form = self.variant.low_rank(self.site.load(), self.site.config)
+        if form is None:
+            return None
         a, b = form
         if a.ndim == 2:
             a, b = a[None], b[None]
@@ -46,34 +55,13 @@ class Share:
             a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
         return a, b
 
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """The change of a tensor seen as [n, rows, columns]: a float32 [n, k, columns], b [n, rows, k]."""
-
-    a: Array
-    b: Array
-
-    def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Array, Array]]:
-        """For rows start:stop of the tensor's first dimension: (part of them, a, b)."""
-        if len(self.a) == 1:
-            yield slice(None), self.a[0], self.b[0, start:stop]
-            return
-        for n in range(start, min(stop, len(self.a))):
-            yield slice(n - start, n - start + 1), self.a[n], self.b[n]
-
-    @property
-    def rank(self) -> int:
-        return int(self.a.shape[1])
-
-    @classmethod
-    def nothing(cls, info: TensorInfo) -> LowRank:
-        """Rank 0: W + B A is W."""
-        import numpy as np
-
-        rows = info.shape[0] if info.shape else 1
-        columns = info.numel // max(1, rows)
-        return cls(np.zeros((1, 0, columns), np.float32), np.zeros((1, rows, 0), np.float32))
+    def dense(self, w: Array) -> Array:
+        """The change of a weight float32 [n, rows, columns] that other shares may have changed already."""
+        seen = w.transpose(0, 2, 1) if self.turned else w
+        one = seen[0] if len(seen) == 1 else seen
+        delta = self.variant.delta(one, self.site.load(), self.site.config).reshape(seen.shape)
+        weighed: Array = delta * delta.dtype.type(self.weight)
+        return weighed.transpose(0, 2, 1) if self.turned else weighed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +71,30 @@ class Target:
     tensor: str
     shares: tuple[Share, ...]
 
-    def change(self) -> LowRank:
-        """The shares' factors side by side: a sum of products is a product of rank r1 + r2."""
+    def change(self, weight: Callable[[], Array] | None = None) -> Change:
+        """What is added to the weight that `weight` reads.
+
+        Low-rank shares lie side by side: a sum of products is a product of rank r1 + r2. A change that
+        is no such product is made of the whole weight, one share after another; where `weight` is None,
+        it cannot be known, and is nothing.
+        """
         import numpy as np
 
-        pairs = [share.factors() for share in self.shares]
-        a = np.concatenate([a for a, _ in pairs], axis=1)
-        b = np.concatenate([b for _, b in pairs], axis=2)
-        return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b))
+        from lorasurgery.change import Dense, LowRank, widened
+
+        forms = [share.factors() for share in self.shares]
+        pairs = [form for form in forms if form is not None]
+        if len(pairs) == len(forms):
+            a = np.concatenate([a for a, _ in pairs], axis=1)
+            b = np.concatenate([b for _, b in pairs], axis=2)
+            return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b))
+        if weight is None:
+            return LowRank.nothing(self.shares[0].info)
+        w = widened(weight())
+        total = w.copy()
+        for share in self.shares:
+            total += share.dense(total)
+        return Dense(total - w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ def same_values(one: Whole, other: Whole | None) -> bool:
 def bias_change(wholes: Sequence[Whole]) -> LowRank:
     """The weighted sum of what is added to a bias, as a change of rank 1."""
     import numpy as np
+
+    from lorasurgery.change import LowRank
 
     values = np.sum([whole.load() * np.float32(whole.weight) for whole in wholes], axis=0)
     return LowRank(np.ones((1, 1, 1), np.float32), values.astype(np.float32).reshape(1, -1, 1))
@@ -152,7 +158,8 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
             if turned is None:
                 problems.append(_misfit(model, site, part))
             else:
-                shares[part.tensor].append(Share(site, part, turned, weight))
+                info = model.weights.info(part.tensor)
+                shares[part.tensor].append(Share(site, part, info, turned, weight))
     replaced, added = {}, {}
     for name, info in adapter.replaced.items():
         replaced[names.find(name) or name] = Whole(adapter, name, info, weight)

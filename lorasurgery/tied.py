@@ -47,7 +47,8 @@ def settle(model: Model, resolved: Resolved, policy: str) -> Settled:
     head, embedding = pair
     sites = [s for name, s in resolved.missing.items() if name.endswith(HEADS)]
     missing = {n: s for n, s in resolved.missing.items() if not n.endswith(HEADS)}
-    shares = tuple(Share(site, Part(embedding), turned=False) for site in sites)
+    info = model.weights.info(embedding)
+    shares = tuple(Share(site, Part(embedding), info, turned=False) for site in sites)
     wholes = dict(resolved.replaced)
     resolved = replace(resolved, missing=missing, replaced=wholes)
     adapted = embedding in resolved.targets

@@ -47,6 +47,11 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
     return x @ w.T + config.scaling * (x @ factors["A"].T) @ factors["B"].T
 
 
+def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
+    """They are themselves."""
+    return {"A": a, "B": b}
+
+
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:
     """A and s · B."""
     return factors["A"], config.scaling * factors["B"]

@@ -9,9 +9,10 @@ import numpy as np
 
 from lorasurgery.adapter import Site
 from lorasurgery.arrays import Array
+from lorasurgery.change import LowRank
 from lorasurgery.operations._measure import Measure
 from lorasurgery.operations._pairs import Pair
-from lorasurgery.targets import LowRank, Share, Target
+from lorasurgery.targets import Share, Target
 
 _PROBES = 24  # the effective rank comes out within about a fifth
 
@@ -34,9 +35,9 @@ class Trial:
 class Diagnosis:
     """What a second walk through a tensor found."""
 
-    trials: tuple[Trial, ...]
-    coefficients: tuple[float, ...]  # how often each share's change is in it; () for one share
-    effective_rank: float  # of C - rho D: (sum of σ²)² / sum of σ⁴; 0 for a stack of experts
+    trials: tuple[Trial, ...] = ()
+    coefficients: tuple[float, ...] = ()  # how often each share's change is in it; () for one share
+    effective_rank: float = 0.0  # of C - rho D: (sum of σ²)² / sum of σ⁴; 0 for a stack of experts
 
     def best(self, left2: float, change2: float) -> Trial | None:
         """The mistake that leaves less than half of what rho D leaves, if there is one."""
@@ -47,7 +48,7 @@ class Diagnosis:
 def diagnose(pair: Pair, target: Target, change: LowRank, found: Measure) -> Diagnosis:
     """Try the usual mistakes on a tensor that does not hold."""
     trials = [Trial(cause, d, inner(d, d)) for cause, d in alternatives(target, change)]
-    shares = [Trial("", Target(target.tensor, (share,)).change(), 0.0) for share in target.shares]
+    shares = [Trial("", _alone(target, (share,)), 0.0) for share in target.shares]
     single = len(change.a) == 1
     probes = np.random.default_rng(0).standard_normal((change.a.shape[2], _PROBES))
     probes = probes.astype(np.float32)
@@ -100,7 +101,13 @@ def alternatives(target: Target, change: LowRank) -> Iterator[tuple[str, LowRank
     if any(share.site.layout == "experts" for share in target.shares):
         for cause, misread in orders:
             shares = tuple(_misread(share, misread) for share in target.shares)
-            yield f"in another order of experts: {cause}", Target(target.tensor, shares).change()
+            yield f"in another order of experts: {cause}", _alone(target, shares)
+
+
+def _alone(target: Target, shares: tuple[Share, ...]) -> LowRank:
+    change = Target(target.tensor, shares).change()
+    assert isinstance(change, LowRank)
+    return change
 
 
 def inner(one: LowRank, two: LowRank) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from lorasurgery.change import Change, Dense, LowRank
 from lorasurgery.layouts import EMBEDDINGS, HEADS
-from lorasurgery.operations._causes import diagnose
+from lorasurgery.operations._causes import Diagnosis, diagnose
 from lorasurgery.operations._compare import differing, differing_parts, differing_whole
 from lorasurgery.operations._expected import Expected
 from lorasurgery.operations._measure import DELTA_ERROR, Measure, measure
 from lorasurgery.operations._pairs import Pair
 from lorasurgery.operations._verdict import Facts, Judged, cause_of, judge_codes, judge_floats
-from lorasurgery.targets import LowRank, Target
+from lorasurgery.targets import Target
 from lorasurgery.tensors import FLOATS
 
 
@@ -120,7 +121,9 @@ def _changed(expected: Expected, name: str, source: str, least: float) -> Findin
             return Finding(name, role, holds=False, cause=cause)
     pair = Pair(base, source, merged, name, expected.scale(name))
     residual = expected.residual.get(name)
-    found = measure(pair, change, residual.change() if residual else None)
+    beside = residual.change() if residual else None
+    assert not isinstance(beside, Dense)
+    found = measure(pair, change, beside)
     if pair.packed:
         judged = judge_codes(found, least)
     else:
@@ -137,10 +140,15 @@ def _differing(expected: Expected, name: str, source: str) -> int | None:
     return differing_parts(base, merged, name) if name in base.packed else None
 
 
-def _cause(expected: Expected, pair: Pair, change: LowRank, found: Measure, judged: Judged) -> str:
+def _cause(expected: Expected, pair: Pair, change: Change, found: Measure, judged: Judged) -> str:
     target = expected.changed.get(pair.new, Target(pair.new, ()))
     owners = [expected.owner(share) for share in target.shares]
-    facts = Facts(target, owners, expected.settings, lambda: diagnose(pair, target, change, found))
+
+    def mistakes() -> Diagnosis:
+        # of a change that no small factors make, layouts and coefficients are not tried
+        return diagnose(pair, target, change, found) if isinstance(change, LowRank) else Diagnosis()
+
+    facts = Facts(target, owners, expected.settings, mistakes)
     return cause_of(found, judged, facts)
 
 

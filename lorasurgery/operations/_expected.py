@@ -9,10 +9,11 @@ from typing import Any
 
 from lorasurgery import targets
 from lorasurgery.adapter import Adapter
+from lorasurgery.change import Change
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.problems import refuse
-from lorasurgery.targets import LowRank, Share, Target, Whole
+from lorasurgery.targets import Share, Target, Whole
 from lorasurgery.tied import settle, tied_pair
 
 # where a merge into NF4 leaves the small adapter of what its rounding lost
@@ -48,12 +49,13 @@ class Expected:
         old = self.origin.get(name, name)
         return old if old in self.base.weights else None
 
-    def change(self, name: str) -> LowRank | None:
+    def change(self, name: str) -> Change | None:
         """All that adapters should have done to a tensor but replace it; None for nothing."""
         target, wholes = self.changed.get(name), self.added.get(name)
         if wholes:
             return targets.bias_change(wholes)
-        return target.change() if target else None
+        source = self.source(name)
+        return target.change(lambda: self.base.weights.read(source or name)) if target else None
 
     def scale(self, name: str) -> float:
         """The largest factor that a product B A of this tensor is multiplied by; 1 for none."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorasurgery.arrays import NUMPY, Array
+from lorasurgery.change import Change, LowRank
 from lorasurgery.kernels import lora_delta
 from lorasurgery.operations._pairs import Grid, Pair, Tile
 from lorasurgery.operations._subspace import Subspace, product, square
-from lorasurgery.targets import LowRank
 
 # explicit bits of the significand, and the distance of the smallest numbers
 _BITS = {"F32": 23, "BF16": 7, "F16": 10}
@@ -69,12 +69,13 @@ class Chance:
         return off <= 6 * math.sqrt(self.variance) + 1e-3 * self.expected2 + slack2
 
 
-def measure(pair: Pair, change: LowRank, residual: LowRank | None = None) -> Measure:
+def measure(pair: Pair, change: Change, residual: LowRank | None = None) -> Measure:
     """Walk once through the tensor. `residual` is served beside the merged weight: C counts it."""
-    found, space = Measure(chance=Chance()), Subspace(change)
+    found = Measure(chance=Chance())
+    space = Subspace(change) if isinstance(change, LowRank) and change.rank else None
     grid = Grid(pair.merged, pair.packed) if pair.packed else None
     for tile in pair.tiles(change):
-        d = lora_delta.run(tile.a, tile.b)
+        d = tile.delta()
         done = tile.merged.astype(np.float32) - tile.w
         if residual is not None:
             rows = slice(tile.row, tile.row + len(tile.b))
@@ -85,13 +86,13 @@ def measure(pair: Pair, change: LowRank, residual: LowRank | None = None) -> Mea
         found.power += square(d)
         found.change2 += square(done)
         found.noise2 += square(error)
-        if change.rank:
+        if space:
             space.add(tile.expert, tile.row, error)
         if grid:
             _codes(found, grid, tile, d)
         else:
             _rounding(found, tile, d, error, pair.scale)
-    if change.rank:
+    if space:
         found.inside2, found.outside2 = space.finish()
     else:
         found.outside2 = found.noise2
@@ -160,11 +161,13 @@ def _doubt(tile: Tile, d: Array, kind: str, scale: float) -> Array:
     """How far two right computations of D may be apart, element by element.
 
     A sum of k products in float32 is good to (k + 4) 2^-24 sum |b a|, and that sum is at most
-    ||b|| ||a||; twice, for both may err. In 16 bits B A is rounded before the scale and after it: among
+    ||b|| ||a||; twice, for both may err. A change of the whole weight is good to 2^-18 of its terms. In 16 bits B A is rounded before the scale and after it: among
     the smallest numbers each by half of their distance.
     """
     lengths = np.outer(np.linalg.norm(tile.b, axis=1), np.linalg.norm(tile.a, axis=0))
     terms = np.float32((len(tile.a) + 4) * 2.0**-23) * lengths.astype(np.float32)
+    if tile.given is not None:  # made of the whole weight, by products of unknown order
+        terms = np.float32(2.0**-18) * (np.abs(tile.w) + np.abs(d))
     doubt: Array = terms + np.float32(DELTA_ERROR[kind]) * np.abs(d)
     if kind != "F32" and len(tile.a):
         doubt += np.float32((1 + scale) * _SMALLEST[kind] / 2)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import blake3
 
 from lorasurgery.arrays import NUMPY, Array
+from lorasurgery.change import Change, LowRank
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.edit import Edit, Metrics, Step
 from lorasurgery.errors import ValueRangeError
-from lorasurgery.kernels import lora_merge
 from lorasurgery.operations._retained import Sums
 from lorasurgery.operations._undo_record import Keep, Kept, keeping
-from lorasurgery.targets import LowRank
 from lorasurgery.tensors import TensorInfo
 
 
@@ -50,7 +49,7 @@ class Task:
 
     out: TensorInfo
     source: Source
-    change: Callable[[], LowRank] | None
+    change: Callable[[], Change] | None
     rounding: Rounding
     kept: Kept | None = None
     replaced: bool = False
@@ -84,19 +83,19 @@ def whole_edit(source: Source, out: TensorInfo, kept: Kept | None) -> Edit:
     return Edit(out.name, (out,), apply)
 
 
-def _merged(step: Step, task: Task, change: LowRank, sums: Sums, keep: Keep) -> Iterator[Array]:
+def _merged(step: Step, task: Task, change: Change, sums: Sums, keep: Keep) -> Iterator[Array]:
     source, dtype = task.source, NUMPY[task.out.dtype]
     seed, row = task.rounding.of(task.out.name), source.info.numel // max(1, _rows(source.info))
     for start, tile in step.tiles(source.checkpoint, source.name, source.multiple):
         stop = start + (len(tile) if tile.ndim else 1)
-        for part, a, b in change.tiles(start, stop):
+        for part, piece in change.tiles(start, stop):
             first = start + (part.start or 0)
             last = stop if part.stop is None else start + part.stop
             w = tile.reshape(-1)[(first - start) * row : (last - start) * row]
-            w = w.reshape(-1, a.shape[1])
-            merged, *numbers = lora_merge.run(w, a, b, dtype, seed, first * row)
+            w = w.reshape(-1, change.columns)
+            merged, *numbers = piece.merge(w, dtype, seed, first * row)
             sums.add(*numbers)
-            keep(first, last, merged, a, b)
+            keep(first, last, merged, piece)
             yield merged
 
 

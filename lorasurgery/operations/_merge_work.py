@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapter import Adapter
+from lorasurgery.arrays import Array
+from lorasurgery.change import Change, LowRank
 from lorasurgery.edit import Edit, copy_edit
 from lorasurgery.errors import FormatError, ShapeError, UsageError
 from lorasurgery.layouts import EMBEDDINGS, HEADS
@@ -18,12 +20,12 @@ from lorasurgery.operations._merge_edits import Source, Task, merge_edit, whole_
 from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations._undo_record import Kept
 from lorasurgery.problems import Problem, refuse
-from lorasurgery.targets import LowRank, Resolved, Whole, bias_change, combine, resolve, unmatched
+from lorasurgery.targets import Resolved, Whole, bias_change, combine, resolve, unmatched
 from lorasurgery.tensors import DTYPE_NAMES, FLOATS, TensorInfo
 from lorasurgery.tied import Settled, settle, untied_config
 from lorasurgery.weights import Single, codec_of
 
-_Change = Callable[[], LowRank]
+_Change = Callable[[], Change]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,11 @@ class Work:
     def edits(self) -> Iterator[Edit]:
         return (self._edit(name) for name in self.names())
 
-    def change(self, name: str) -> _Change | None:
-        """What is added to this tensor."""
+    def change(self, name: str, seen: Source | None = None) -> _Change | None:
+        """What is added to this tensor, whose weight as the adapter sees it is read from `seen`."""
         if name in self.resolved.targets:
-            return self.resolved.targets[name].change
+            read = partial(_read, seen) if seen else None
+            return partial(self.resolved.targets[name].change, read)
         if name in self.resolved.added:
             return partial(bias_change, self.resolved.added[name])
         return None
@@ -74,24 +77,25 @@ class Work:
         return dict(self.model.files) if unchanged else self.model.with_config(config)
 
     def _edit(self, name: str) -> Edit:
-        change, whole = self.change(name), self.resolved.replaced.get(name)
+        whole = self.resolved.replaced.get(name)
         if self.options.policy and name in self.model.weights.packed:
-            return self._packed_edit(name, change, whole)
+            return self._packed_edit(name, whole)
         if self._untouched(name):
             return copy_edit(self.model.stored, name)
         out, source = self._out(name), self._source(name, whole)
         if source.info.dtype not in FLOATS:
             return whole_edit(source, out, self._kept(name))
-        task = Task(
-            out, source, change, self.options.rounding, self._kept(name), replaced=whole is not None
+        change, rounding = self.change(name, source), self.options.rounding
+        return merge_edit(
+            Task(out, source, change, rounding, self._kept(name), replaced=whole is not None)
         )
-        return merge_edit(task)
 
-    def _packed_edit(self, name: str, change: _Change | None, whole: Whole | None) -> Edit:
+    def _packed_edit(self, name: str, whole: Whole | None) -> Edit:
+        values = self._source(name, whole)
+        change = self.change(name, values)
         if change is None and whole is None:
             return _requantize.copy_packed(self.model, name)
         info = self.model.weights.info(name)
-        values = self._source(name, whole)
         if whole is None and self.options.policy == "from-original" and self.original:
             values = Source(self.original.weights, name)
         return _requantize.requantize_edit(
@@ -153,6 +157,10 @@ class Work:
             config = {**config, **said}
         rows = _vocabulary(self.model, self.resolved)
         return {**config, "vocab_size": rows} if rows and "vocab_size" in config else config
+
+
+def _read(source: Source) -> Array:
+    return source.checkpoint.read(source.name)
 
 
 def lay_upon(

@@ -9,8 +9,9 @@ from math import gcd
 import numpy as np
 
 from lorasurgery.arrays import Array
+from lorasurgery.change import Change, Dense, LowRank
 from lorasurgery.codec import Packed, Rule
-from lorasurgery.targets import LowRank
+from lorasurgery.kernels import lora_delta
 from lorasurgery.weights import Weights, codec_of
 
 # a dozen float32 arrays of this size are made and dropped for each tile: from 128 KiB on, malloc
@@ -31,6 +32,13 @@ class Tile:
     merged: Array  # [rows, columns], as the merged model has them
     a: Array  # float32 [k, columns]
     b: Array  # float32 [rows, k]
+    given: Array | None = (
+        None  # the intended change float32 [rows, columns], where no factors make it
+    )
+
+    def delta(self) -> Array:
+        """What was to be added: float32 [rows, columns]."""
+        return lora_delta.run(self.a, self.b) if self.given is None else self.given
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +56,26 @@ class Pair:
         """How the merged tensor is quantized, if it is."""
         return self.merged.packed.get(self.new)
 
-    def tiles(self, change: LowRank) -> Iterator[Tile]:
+    def tiles(self, change: Change) -> Iterator[Tile]:
         """Rows in order; whole blocks of a quantized weight where its rows allow."""
-        columns = change.a.shape[2]
+        columns = change.columns
         block = codec_of(self.packed.codec).multiple(self.packed) if self.packed else 1
         unit = block // gcd(columns, block)
         step = max(unit, _ELEMENTS // max(1, columns) // unit * unit)
-        rows, read = change.b.shape[1], 0
-        for n in range(len(change.a)):
+        factors, given = (
+            (change, None) if isinstance(change, LowRank) else (_none(change), change.d)
+        )
+        rows, read = factors.b.shape[1], 0
+        for n in range(len(factors.a)):
             for row in range(0, rows, step):
-                b = change.b[n, row : row + step]
+                b = factors.b[n, row : row + step]
                 w, merged = (
-                    _rows(source, name, n if len(change.a) > 1 else None, (row, row + len(b)))
+                    _rows(source, name, n if len(factors.a) > 1 else None, (row, row + len(b)))
                     for source, name in ((self.base, self.old), (self.merged, self.new))
                 )
                 yield Tile(
                     n, row, (n * rows + row) * columns, w.astype(np.float32, copy=False), merged,
-                    change.a[n], b,
+                    factors.a[n], b, None if given is None else given[n, row : row + len(b)],
                 )  # fmt: skip
                 read += merged.nbytes
                 if read > _RELEASE and not self.packed and self.old not in self.base.packed:
@@ -74,6 +85,11 @@ class Pair:
     def release(self) -> None:
         self.base.release(self.old)
         self.merged.release(self.new)
+
+
+def _none(change: Dense) -> LowRank:
+    n, rows, columns = change.d.shape
+    return LowRank(np.zeros((n, 0, columns), np.float32), np.zeros((n, rows, 0), np.float32))
 
 
 def _rows(source: Weights, name: str, expert: int | None, rows: tuple[int, int]) -> Array:

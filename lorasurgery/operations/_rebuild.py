@@ -11,6 +11,7 @@ import blake3
 import numpy as np
 
 from lorasurgery.arrays import NUMPY, Array, as_bytes
+from lorasurgery.change import Change, LowRank, Piece
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import Packed
 from lorasurgery.edit import Edit, Metrics, Step, copy_edit
@@ -19,8 +20,7 @@ from lorasurgery.formats._safetensors_header import parse_header
 from lorasurgery.formats._writer import Shard
 from lorasurgery.model import Model
 from lorasurgery.operations._undo_read import UndoFile
-from lorasurgery.operations._undo_record import predict, predict_codes, restore
-from lorasurgery.targets import LowRank
+from lorasurgery.operations._undo_record import predict_codes, restore
 from lorasurgery.tensors import TensorInfo
 from lorasurgery.weights import codec_of, packed_weights
 
@@ -88,7 +88,7 @@ class Rebuild:
     merged: Model
     undo: UndoFile
     base: Base
-    changes: Mapping[str, Callable[[], LowRank]]
+    changes: Mapping[str, Callable[[], Change]]
 
     def edits(self) -> Iterator[Edit]:
         """One for each logical weight of the base."""
@@ -120,8 +120,8 @@ class Rebuild:
     def _rows(self, step: Step, info: TensorInfo) -> Iterator[Array]:
         dtype = NUMPY[info.dtype]
         with self.undo.differences(info.name, np.dtype(f"u{dtype.itemsize}")) as take:
-            for merged, a, b in self._tiles(step, info, 1):
-                predicted = predict(merged, a, b, dtype)
+            for merged, piece in self._tiles(step, info, 1):
+                predicted = piece.before(merged, dtype)
                 yield restore(predicted, take(predicted.size))
 
     def _packed_edit(self, packed: Packed) -> Edit:
@@ -152,26 +152,24 @@ class Rebuild:
         block, scales = codec.multiple(packed), codec.scales(packed, self.base.read)
         first = 0
         with self.undo.differences(packed.codes, np.dtype(np.uint8)) as take:
-            for merged, a, b in self._tiles(step, packed.info, block):
+            for merged, piece in self._tiles(step, packed.info, block):
                 begin, end = first * row, (first + len(merged)) * row
                 absmax = scales[begin // block : -(-end // block)]
-                predicted = predict_codes(merged, a, b, packed, absmax)
+                predicted = predict_codes(merged, piece, packed, absmax)
                 yield restore(predicted, take(predicted.size))
                 first += len(merged)
 
-    def _tiles(
-        self, step: Step, info: TensorInfo, multiple: int
-    ) -> Iterator[tuple[Array, Array, Array]]:
-        """(merged [rows, columns], a, b) over the merged weight, in its order."""
+    def _tiles(self, step: Step, info: TensorInfo, multiple: int) -> Iterator[tuple[Array, Piece]]:
+        """(merged [rows, columns], what was added to them) over the merged weight, in its order."""
         weights, name = self.merged.weights, info.name
         change = self.changes[name]() if name in self.changes else LowRank.nothing(info)
         row = info.numel // max(1, info.shape[0] if info.shape else 1)
         for start, tile in step.tiles(weights, name, multiple):
             stop = start + (len(tile) if tile.ndim else 1)
-            for part, a, b in change.tiles(start, stop):
+            for part, piece in change.tiles(start, stop):
                 begin = (part.start or 0) * row
                 end = tile.size if part.stop is None else part.stop * row
-                yield tile.reshape(-1)[begin:end].reshape(-1, a.shape[1]), a, b
+                yield tile.reshape(-1)[begin:end].reshape(-1, change.columns), piece
 
     def _must_hold(self, info: TensorInfo) -> None:
         stored = self.merged.stored

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorasurgery.arrays import NUMPY, Array
+from lorasurgery.change import Change, LowRank
 from lorasurgery.codec import Codec, CodecOptions, Packed, Rule
 from lorasurgery.edit import Edit, Metrics, Step
-from lorasurgery.kernels import lora_delta, lora_merge
 from lorasurgery.model import Model
 from lorasurgery.operations._merge_edits import Rounding, Source, not_finite
 from lorasurgery.operations._residual import save_residual
 from lorasurgery.operations._retained import Sums
 from lorasurgery.operations._undo_record import Keep, Kept, keeping
-from lorasurgery.targets import LowRank
 from lorasurgery.weights import codec_of
 
 POLICIES = ("rtn", "keep-absmax", "stochastic", "from-original", "residual")
@@ -33,7 +32,7 @@ class Task:
     model: Model
     name: str
     values: Source
-    change: Callable[[], LowRank]
+    change: Callable[[], Change]
     policy: str
     rounding: Rounding
     rank: int  # of the residual
@@ -85,13 +84,13 @@ def requantize_edit(task: Task) -> Edit:
     return Edit(task.name, tuple(target.parts.values()), apply)
 
 
-def _encode(step: Step, task: Task, target: Packed, change: LowRank) -> _Encoded:
+def _encode(step: Step, task: Task, target: Packed, change: Change) -> _Encoded:
     codes, absmax = [], []
     scales = task.model.weights.scales(task.name) if task.policy == "keep-absmax" else None
     seed = task.rounding.of(task.name) if task.policy == "stochastic" else None
     for start, tile in step.tiles(task.values.checkpoint, task.values.name, _multiple(task)):
-        [(_, a, b)] = change.tiles(start, start + len(tile))
-        wanted, *_ = lora_merge.run(tile, a, b, NUMPY["F32"])
+        [(_, piece)] = change.tiles(start, start + len(tile))
+        wanted, *_ = piece.merge(tile, NUMPY["F32"])
         begin, end = start * tile.shape[1], (start + len(tile)) * tile.shape[1]
         kept = None if scales is None else _blocks(scales, begin, end, task.codec, target)
         rule = Rule(absmax=kept, seed=seed, offset=begin)
@@ -130,28 +129,28 @@ def _decoded(step: Step, task: Task, encoded: _Encoded) -> Iterator[tuple[int, A
         yield start, tile.astype(np.float32), flat.reshape(tile.shape)
 
 
-def _lost(step: Step, task: Task, encoded: _Encoded, change: LowRank) -> Array:
+def _lost(step: Step, task: Task, encoded: _Encoded, change: Change) -> Array:
     """W + B A less what the codes stand for, the whole weight in float32."""
     parts = []
     for start, base, got in _decoded(step, task, encoded):
-        [(_, a, b)] = change.tiles(start, start + len(base))
-        wanted, *_ = lora_merge.run(base, a, b, NUMPY["F32"])
+        [(_, piece)] = change.tiles(start, start + len(base))
+        wanted, *_ = piece.merge(base, NUMPY["F32"])
         parts.append(wanted - got)
     return np.concatenate(parts)
 
 
 def _measure(
-    step: Step, task: Task, encoded: _Encoded, changes: tuple[LowRank, LowRank | None], keep: Keep
+    step: Step, task: Task, encoded: _Encoded, changes: tuple[Change, LowRank | None], keep: Keep
 ) -> Iterator[tuple[float, float, float]]:
     change, residual = changes
     dtype = np.dtype(task.model.weights.read(task.name, 0, 1).dtype)
     for start, base, got in _decoded(step, task, encoded):
-        [(_, a, b)] = change.tiles(start, start + len(base))
-        keep(start, start + len(base), got.astype(dtype), a, b)
+        [(_, piece)] = change.tiles(start, start + len(base))
+        keep(start, start + len(base), got.astype(dtype), piece)
         if residual:
-            [(_, ra, rb)] = residual.tiles(start, start + len(base))
-            base = base - lora_delta.run(ra, rb)  # noqa: PLW2901 - the residual counts as made
-        delta = lora_delta.run(a, b).reshape(-1)
+            [(_, beside)] = residual.tiles(start, start + len(base))
+            base = base - beside.rows()  # noqa: PLW2901 - the residual counts as made
+        delta = piece.rows().reshape(-1)
         made = (got - base).reshape(-1)
         noise = made - delta
         yield float(np.dot(made, delta)), float(np.dot(delta, delta)), float(np.dot(noise, noise))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.arrays import Array
+from lorasurgery.change import LowRank
 from lorasurgery.checkpoint import SCRATCH
 from lorasurgery.formats import safetensors
 from lorasurgery.operations._undo_record import file_name
-from lorasurgery.targets import LowRank
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:

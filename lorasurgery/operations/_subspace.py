@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from lorasurgery.arrays import Array
-from lorasurgery.targets import LowRank
+from lorasurgery.change import LowRank
 
 # of a batch of rows: products of fewer would be slow
 _ELEMENTS = 256 << 10

@@ -18,16 +18,16 @@ import numpy as np
 import zstandard
 
 from lorasurgery.arrays import NUMPY, Array, as_bytes
+from lorasurgery.change import Piece
 from lorasurgery.codec import Packed, Rule
-from lorasurgery.kernels import lora_merge
 from lorasurgery.model import Model
 from lorasurgery.weights import codec_of
 
 if TYPE_CHECKING:
     from lorasurgery.edit import Step
 
-# (first row, last row + 1, merged [rows, columns], a, b) of a tensor
-Keep: TypeAlias = Callable[[int, int, Array, Array, Array], None]
+# (first row, last row + 1, merged [rows, columns], what was added to them)
+Keep: TypeAlias = Callable[[int, int, Array, Piece], None]
 
 FOLDER = "undo"
 DIGEST_BYTES = 32
@@ -35,15 +35,9 @@ _LEVEL = 3
 CHUNK = 1 << 16
 
 
-def predict(merged: Array, a: Array, b: Array, dtype: Any) -> Array:
-    """What the base was before B A was added: round(merged - B A), rows of a plain weight."""
-    before: Array = lora_merge.run(merged, a, -b, dtype)[0]
-    return before
-
-
-def predict_codes(merged: Array, a: Array, b: Array, packed: Packed, absmax: Array) -> Array:
-    """The same for a quantized base whose scales are known: codes uint8 of merged - B A."""
-    before, *_ = lora_merge.run(merged, a, -b, NUMPY["F32"])
+def predict_codes(merged: Array, piece: Piece, packed: Packed, absmax: Array) -> Array:
+    """A quantized base's codes uint8 as they must have been, its scales being known."""
+    before = piece.before(merged, NUMPY["F32"])
     codes, _ = codec_of(packed.codec).encode(before.reshape(-1), packed, Rule(absmax=absmax))
     return codes
 
@@ -114,18 +108,18 @@ def keeping(step: Step, kept: Kept | None) -> Iterator[Keep]:
 
 
 def _keep_rows(kept: Kept, recorder: Recorder) -> Keep:
-    def keep(start: int, stop: int, merged: Array, a: Array, b: Array) -> None:
+    def keep(start: int, stop: int, merged: Array, piece: Piece) -> None:
         base = kept.model.stored.read(kept.name, start, stop).reshape(merged.shape)
-        recorder.difference(base, predict(merged, a, b, base.dtype))
+        recorder.difference(base, piece.before(merged, base.dtype))
 
     return keep
 
 
 def _keep_codes(kept: Kept, recorder: Recorder) -> Keep:
-    def keep(start: int, stop: int, merged: Array, a: Array, b: Array) -> None:
+    def keep(start: int, stop: int, merged: Array, piece: Piece) -> None:
         codes, absmax = packed_rows(kept.model, kept.name, start, stop)
         packed = kept.model.weights.packed[kept.name]
-        recorder.difference(codes, predict_codes(merged, a, b, packed, absmax))
+        recorder.difference(codes, predict_codes(merged, piece, packed, absmax))
 
     return keep
 

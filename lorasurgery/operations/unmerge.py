@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapter import Adapter
+from lorasurgery.change import Change
 from lorasurgery.checkpoint import MANIFEST
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model, open_model
@@ -24,7 +25,7 @@ from lorasurgery.operations._undo_read import UndoFile
 from lorasurgery.problems import Problem, refuse
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import Plan, RunOptions, rehearse, run
-from lorasurgery.targets import LowRank, bias_change, combine, resolve
+from lorasurgery.targets import bias_change, combine, resolve
 from lorasurgery.tied import settle
 
 
@@ -63,7 +64,7 @@ def plan_exact(model: Model, adapters: Sequence[tuple[Adapter, float]], undo: Un
     _check_adapters(adapters, undo)
     parts = combine([resolve(model, adapter, weight) for adapter, weight in adapters])
     resolved = settle(model, parts, undo.facts["tied"]).resolved
-    changes: dict[str, Callable[[], LowRank]] = {n: t.change for n, t in resolved.targets.items()}
+    changes: dict[str, Callable[[], Change]] = {n: t.change for n, t in resolved.targets.items()}
     base = Base(model.stored, undo)
     changes |= {n: partial(bias_change, of) for n, of in resolved.added.items()}
     edits = tuple(Rebuild(model, undo, base, changes).edits())

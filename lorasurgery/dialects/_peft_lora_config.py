@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapter import AdapterConfig
-from lorasurgery.errors import FormatError, MatchError, UnknownNameError
+from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.layouts import EXPERTS
 from lorasurgery.plugins import suggestion
 from lorasurgery.problems import Problem
@@ -49,12 +49,7 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
-    """The fields that nobody knows. Raises what no flag allows: another type, a changed meaning."""
-    kind = str(config.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        raise UnknownNameError(
-            f"{path}: peft_type {kind!r} is no variant that is read here. Known: LORA."
-        )
+    """The fields that nobody knows. Raises what no flag allows: a changed meaning."""
     for field, reason in _REFUSED.items():
         if config.get(field):
             raise MatchError(
