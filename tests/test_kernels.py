@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = plugins.names("kernels")
 LAUNCHED = ["double_dequantize", "double_quantize", "nf4_dequantize", "nf4_quantize"]
-# sums of float32 terms: columns of 32 in float32, the rest in float64, against float64 alone
+# sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
 
 

@@ -16,7 +16,7 @@ from lorasurgery.kernels import (
 DTYPES = [np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32)]
 # each to itself, to float32 and from it
 PAIRS = [(x, y) for x in DTYPES for y in DTYPES if x == y or np.float32 in (x, y)]
-# sums of float32 terms: columns of 32 in float32, the rest in float64, against float64 alone
+# sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
 FAST = settings(max_examples=60, deadline=None)
 

@@ -21,7 +21,7 @@ from lorasurgery.kernels.nf4_dequantize import NF4
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 DTYPES = [np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32)]
-# sums of float32 terms: columns of 32 in float32, the rest in float64, against float64 alone
+# sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
 FAST = settings(max_examples=60, deadline=None)
 

@@ -15,7 +15,7 @@ from lorasurgery.kernels._floats import load, nearest
 from lorasurgery.kernels._numba import inner, jit
 
 SPAN = 4096  # weights; a multiple of every block size
-FLUSH = 32  # spans that are summed in float32 before float64 takes over
+LANES = 64  # running sums
 TINY = np.float32(1e-38)  # a scale that is smaller counts as this
 
 f4, u4, u8, i1 = np.float32, np.uint32, np.uint64, np.uint8
@@ -77,21 +77,24 @@ def dequantize(codes: Any, absmax: Any, block: Any, pairs: Any, out: Any) -> Any
 @jit
 def error(flat: Any, codes: Any, absmax: Any, block: Any, pairs: Any) -> Any:
     """Σ (decoded - w)², Σ w², and the largest |decoded - w|."""
-    n = len(flat)
-    values, sums = np.empty(SPAN // 2, u8), np.zeros((3, SPAN), f4)
+    n, width = len(flat), min(block, LANES)
+    values, sums = np.empty(SPAN // 2, u8), np.zeros((3, LANES), f4)
     x = values.view(f4)
     error2 = norm2 = 0.0
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
         _look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
-        _compare(flat[start : start + size], x, absmax[start // block :], block, sums)
-        if start // SPAN % FLUSH == FLUSH - 1 or start + SPAN >= n:
-            for j in range(SPAN):
-                error2 += sums[0, j]
-                norm2 += sums[1, j]
-                sums[0, j] = sums[1, j] = f4(0)
+        for at in range(0, size, width):
+            scale = absmax[(start + at) // block]
+            source = flat[start + at : start + min(at + width, size)]
+            _compare(source, x[at : at + width], scale, sums)
+        # a column has at most 64 terms in float32 (2048 in blocks of 2)
+        for j in range(width):
+            error2 += sums[0, j]
+            norm2 += sums[1, j]
+            sums[0, j] = sums[1, j] = f4(0)
     largest = f4(0)
-    for j in range(SPAN):
+    for j in range(width):
         largest = max(largest, sums[2, j])
     return error2, norm2, largest
 
@@ -169,15 +172,12 @@ def _look_up(codes: Any, pairs: Any, values: Any) -> Any:
 
 
 @inner
-def _compare(flat: Any, x: Any, absmax: Any, block: Any, sums: Any) -> Any:
+def _compare(flat: Any, x: Any, scale: Any, sums: Any) -> Any:
     """Column by column, so that the order of each sum is fixed and vectors still serve."""
-    n = len(flat)
-    for at in range(0, n, block):
-        source, decoded, scale = flat[at : min(at + block, n)], x[at:], absmax[at // block]
-        error2, norm2, largest = sums[0, at:], sums[1, at:], sums[2, at:]
-        for j in range(len(source)):
-            w = load(source[j])
-            e = abs(decoded[j] * scale - w)
-            error2[j] += e * e
-            norm2[j] += w * w
-            largest[j] = max(largest[j], e)
+    error2, norm2, largest = sums[0], sums[1], sums[2]
+    for j in range(len(flat)):
+        w = load(flat[j])
+        e = abs(x[j] * scale - w)
+        error2[j] += e * e
+        norm2[j] += w * w
+        largest[j] = max(largest[j], e)
