@@ -122,7 +122,7 @@ def merge(setting: Setting) -> Row:
             (sys.executable, PEERS / "peft_merge.py", setting.base, setting.adapter, theirs),
             theirs,
         ),
-        Contender("cp", ("cp", "-r", setting.base, copy), copy),
+        Contender("cp", ("cp", "-rL", setting.base, copy), copy),
     )
     row = alternate("merge a rank-16 LoRA, file to file", contenders, setting.repeats)
     compare(contenders, "near")
