@@ -75,7 +75,9 @@ def heat_map(path: Path, values: Mapping[str, float], scale: Scale) -> None:
     _save(figure, path)
 
 
-def spectra(path: Path, values: Mapping[str, Sequence[float]], heat: Mapping[str, float]) -> None:
+def spectra_picture(
+    path: Path, values: Mapping[str, Sequence[float]], heat: Mapping[str, float]
+) -> None:
     """Singular values of each module on the left; on the right a number of each, layer x module."""
     shown = grid(heat)
     figure = _figure(7.5 + 0.45 * len(shown.modules), max(4.5, 1.8 + 0.2 * len(shown.layers)))
