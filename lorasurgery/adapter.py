@@ -77,7 +77,11 @@ class Adapter:
 
 
 class Variant(Protocol):
-    """What a module in adapters/ offers. W is [out, in]; all maths in float32."""
+    """What a module in adapters/ offers. W is [out, in]; all maths in float32.
+
+    A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
+    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row.
+    """
 
     @property
     def LINEAR_IN_W(self) -> bool: ...  # the delta is free of W, so unmerging subtracts it

@@ -22,7 +22,7 @@ PREFIX = "base_model.model."
 _DERIVED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying", "lora_bias",
+    "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying", "lora_bias", "use_dora",
 )  # fmt: skip
 
 
@@ -55,6 +55,11 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are scaled by alpha / sqrt(r) and some by alpha / r, which "
             "PEFT has one flag for. Bake the scale in."
         )
+    if len({site.config.variant for site in adapter.sites}) > 1:
+        raise FormatError(
+            f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
+            "them to one of them."
+        )
     kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
     return {
         "task_type": None,
@@ -67,11 +72,12 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": _plain(alpha),
         "use_rslora": stabilized == {True},
+        "use_dora": any("m" in site.factors for site in adapter.sites),
         "rank_pattern": {f"^{n}": r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{n}": _plain(a) for n, a in alphas.items() if a != alpha},
         "target_modules": [n for n, s in names.items() if not _by_parameter(s)] or None,
         "target_parameters": [n for n, s in names.items() if _by_parameter(s)] or None,
-        "modules_to_save": sorted({_owner(n) for n in adapter.replaced if not n.endswith(".bias")})
+        "modules_to_save": sorted({_owner(n) for n in adapter.replaced if _saved(adapter, n)})
         or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
@@ -81,7 +87,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
 
 def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable[[], Array]]]]:
     """Key -> what is known of the tensor, and what gives it as it is stored."""
-    depths = _depths(adapter.sites)
+    depths, modules = _depths(adapter.sites), {site.module for site in adapter.sites}
     for site in adapter.sites:
         under = f"{PREFIX}{site.module}{'.base_layer' * depths[id(site)]}"
         for letter in "AB":
@@ -90,8 +96,12 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable
             key += "" if embedding else ".weight"
             info = TensorInfo(key, "F32", _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
+        if "m" in site.factors:
+            key = f"{under}.lora_magnitude_vector"
+            yield key, (TensorInfo(key, "F32", _magnitudes(adapter, site)), _stored(site, "m"))
     for name, info in adapter.replaced.items():
-        key = PREFIX + name
+        inside = "" if _owner(name) not in modules else ".base_layer"
+        key = f"{PREFIX}{_owner(name)}{inside}.{name.rpartition('.')[2]}"
         yield key, (TensorInfo(key, info.dtype, info.shape), _whole(adapter, name))
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():
@@ -112,6 +122,18 @@ def _stored_shape(site: Site, letter: str) -> tuple[int, ...]:
     return (shape[1], shape[2] * shape[0])
 
 
+def _magnitudes(adapter: Adapter, site: Site) -> tuple[int, ...]:
+    """The shape that PEFT stores them in; raises FormatError for an axis that it does not norm."""
+    shape, embedding = site.factors["m"].shape, site.layout == "embedding"
+    size = shape[-1] if embedding else shape[-2]
+    if shape != ((1, size) if embedding else (size, 1)):
+        raise FormatError(
+            f"{adapter.path}: {site.module} has magnitudes {list(shape)}: PEFT norms the other axis. "
+            "Convert it to LoRA."
+        )
+    return (1, size, *(1 for _ in site.kernel)) if site.kernel else (size,)
+
+
 def _stored(site: Site, letter: str) -> Callable[[], Array]:
     """The factor as PEFT stores it: in A the expert varies slowest, in B fastest."""
 
@@ -119,7 +141,9 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
         import numpy as np
 
         factors = site.load()
-        if site.layout == "embedding":
+        if letter == "m":
+            data = factors["m"]
+        elif site.layout == "embedding":
             data = factors["B" if letter == "A" else "A"].T
         elif site.layout == "experts" and letter == "A":
             data = factors["A"].reshape(-1, factors["A"].shape[2])
@@ -159,6 +183,11 @@ def _depths(sites: Sequence[Site]) -> Mapping[int, int]:
 
 def _by_parameter(site: Site) -> bool:
     return site.layout in ("experts", "parameter")
+
+
+def _saved(adapter: Adapter, name: str) -> bool:
+    """Whether a module is saved for this tensor's sake; what is adapted brings its base along by itself."""
+    return not name.endswith(".bias") and all(s.module != _owner(name) for s in adapter.sites)
 
 
 def _owner(name: str) -> str:
