@@ -12,8 +12,9 @@ from lorasurgery.adapter import Adapter
 from lorasurgery.change import Change
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations._compare import differing_whole
 from lorasurgery.problems import refuse
-from lorasurgery.targets import Share, Target, Whole
+from lorasurgery.targets import Resolved, Share, Target, Whole
 from lorasurgery.tied import settle, tied_pair
 
 # where a merge into NF4 leaves the small adapter of what its rounding lost
@@ -87,9 +88,20 @@ def expect(
         notes.append(f"counted in: {merged.path / RESIDUAL}, which is served beside the weights.")
     origin = {pair[0]: pair[1]} if pair and untied else {}
     return Expected(
-        base, merged, resolved.targets, resolved.replaced, resolved.added, origin, residual,
+        base, merged, resolved.targets, _replaced(base, resolved), resolved.added, origin, residual,
         tuple(adapter for adapter, _ in adapters), (*settled.notes, *notes),
     )  # fmt: skip
+
+
+def _replaced(base: Model, resolved: Resolved) -> Mapping[str, Whole]:
+    """Without copies of the base's own that lie beside the factors of an embedding or a head."""
+
+    def copied(name: str, whole: Whole) -> bool:
+        if name not in resolved.targets or base.weights.info(name).shape != whole.info.shape:
+            return False
+        return not differing_whole(whole, base.weights, name)
+
+    return {n: whole for n, whole in resolved.replaced.items() if not copied(n, whole)}
 
 
 def _residual(merged: Model) -> Mapping[str, Target]:
