@@ -88,7 +88,7 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable
             embedding = site.layout == "embedding"
             key = f"{under}.lora_{'embedding_' if embedding else ''}{letter}"
             key += "" if embedding else ".weight"
-            info = TensorInfo(key, "F32", _stored_shape(site, letter))
+            info = TensorInfo(key, site.factors[letter].dtype, _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
     for name, info in adapter.replaced.items():
         key = PREFIX + name
@@ -118,6 +118,8 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
     def load() -> Array:
         import numpy as np
 
+        from lorasurgery.arrays import NUMPY
+
         factors = site.load()
         if site.layout == "embedding":
             data = factors["B" if letter == "A" else "A"].T
@@ -127,7 +129,7 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
             data = factors["B"].transpose(1, 2, 0).reshape(factors["B"].shape[1], -1)
         else:
             data = factors[letter]
-        return np.ascontiguousarray(data, np.float32)
+        return np.ascontiguousarray(data).astype(NUMPY[site.factors[letter].dtype], copy=False)
 
     return load
 
