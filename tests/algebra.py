@@ -77,7 +77,7 @@ def dense(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
         if ".lora_A" not in key:
             continue
         module = key.removeprefix(PREFIX).partition(".lora_A")[0]
-        rank = _fitting(config["rank_pattern"], module, config["r"])
+        rank = _fitting(config.get("rank_pattern") or {}, module, config["r"])
         alpha = _fitting(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         root = rank**0.5 if config.get("use_rslora") else rank
         found[module] = (a, keys[key.replace("lora_A", "lora_B")], alpha / root)
@@ -101,7 +101,7 @@ def deltas(path: Path) -> dict[str, np.ndarray]:
         if not config.get("target_parameters"):
             found[module] = scale * b @ a
             continue
-        rank = _fitting(config["rank_pattern"], module, config["r"])
+        rank = _fitting(config.get("rank_pattern") or {}, module, config["r"])
         # in A the expert varies slowest, in B fastest
         stack = a.reshape(-1, rank, a.shape[1])
         found[module] = scale * b.reshape(len(b), rank, -1).transpose(2, 0, 1) @ stack

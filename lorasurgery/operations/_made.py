@@ -17,6 +17,7 @@ from lorasurgery.problems import Problem, refuse
 from lorasurgery.surgery import RunOptions
 from lorasurgery.tensors import TensorInfo
 
+I = TypeVar("I")  # noqa: E741 - an item
 T = TypeVar("T")
 
 
@@ -95,14 +96,22 @@ def usable(adapter: Adapter, allowed: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"left out: {problem.message}" for problem in left)
 
 
-def each(items: Sequence[Site], work: Callable[[Site], T], how: RunOptions) -> list[T]:
+def each(sites: Sequence[Site], work: Callable[[Site], T], how: RunOptions) -> list[T]:
     """Work on sites side by side, with progress in their bytes, results in their order."""
-    sizes = [nbytes(site) for site in items]
-    total, done, results = sum(sizes), 0, []
+    return side_by_side([(name_of(s), nbytes(s), s) for s in sites], work, how)
+
+
+def side_by_side(
+    items: Sequence[tuple[str, int, I]], work: Callable[[I], T], how: RunOptions
+) -> list[T]:
+    """Work on items (name, bytes, item) in threads, with progress, results in their order."""
+    total, done = sum(size for _, size, _ in items), 0
+    results: list[T] = []
     with ThreadPoolExecutor(how.workers) as pool:
-        for site, size, result in zip(items, sizes, pool.map(work, items), strict=True):
+        made = pool.map(work, [item for _, _, item in items])
+        for (name, size, _), result in zip(items, made, strict=True):
             done += size
-            how.progress(done, total, name_of(site))
+            how.progress(done, total, name)
             results.append(result)
     return results
 

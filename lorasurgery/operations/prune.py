@@ -5,7 +5,6 @@ The error is what was cut off, exactly: ||D - D'||² is the sum of the squares o
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,13 @@ from pathlib import Path
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.edit import tile_rows
-from lorasurgery.errors import MatchError, UsageError, ValueRangeError
+from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations import _ranks
 from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.operations._made import each, lora_site, low_rank, name_of, remembering, usable
+from lorasurgery.operations._nearest import check_energy, check_rank, loss, total
 from lorasurgery.operations._ranks import Spectrum
 from lorasurgery.operations._svd import of_product, singular_values
 from lorasurgery.report import Report, Result
@@ -57,18 +57,6 @@ class PruneOptions:
         if self.size is not None:
             return self.size * 8 // BITS[self.form.dtype]
         return self.parameters
-
-
-def check_rank(rank: int | None, flag: str = "--rank") -> None:
-    """Raises ValueRangeError for a rank that is none."""
-    if rank is not None and rank < 1:
-        raise ValueRangeError(f"{flag} {rank}: is no rank. Pass 1 or more.")
-
-
-def check_energy(energy: float | None) -> None:
-    """Raises ValueRangeError for what is no share."""
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueRangeError(f"--energy {energy:g}: is no share. Pass more than 0 and at most 1.")
 
 
 def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOptions) -> Report:
@@ -141,22 +129,6 @@ def _result(site: Site, spectrum: Spectrum, rank: int, options: PruneOptions) ->
         "bytes": rank * spectrum.cost * BITS[options.form.dtype] / 8,
     }  # fmt: skip
     return Result(spectrum.name, metrics, {}, {})
-
-
-def loss(error2: float, norm2: float) -> dict[str, float]:
-    """What a module's change, of which norm2 is the square, has lost."""
-    lost = error2 / norm2 if norm2 else 0.0
-    return {
-        "energy": max(0.0, 1 - lost), "relative_error": math.sqrt(lost),
-        "error2": error2, "norm2": norm2,
-    }  # fmt: skip
-
-
-def total(results: Sequence[Result]) -> dict[str, float]:
-    """The loss over all modules."""
-    error2 = sum(r.metrics.get("error2", 0.0) for r in results)
-    norm2 = sum(r.metrics.get("norm2", 0.0) for r in results)
-    return {k: v for k, v in loss(error2, norm2).items() if k not in ("error2", "norm2")}
 
 
 def _relative(spectra: Sequence[Spectrum], model: Model, adapter: Adapter) -> list[Spectrum]:
