@@ -41,7 +41,8 @@ class Site:
     """One adapted parameter, as the trainer saw it.
 
     `module` is the path without the trainer's prefix; `parameter` is 'weight' but for
-    target_parameters; `factors` are facts; `load` reads them as float32, W-side: A [r, in], B [out, r].
+    target_parameters; `factors` are facts, with the dtype that a dialect writes them in; `load` reads
+    them as float32, W-side: A [r, in], B [out, r].
     `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'parameter' as it is
     stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r], 'channels' a
     convolution's [out, in, ...] of which the factors know the channels alone.

@@ -100,7 +100,7 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
             embedding = site.layout == "embedding"
             key = f"{under}.lora_{'embedding_' if embedding else ''}{letter}"
             key += "" if embedding else ".weight"
-            info = TensorInfo(key, "F32", _stored_shape(site, letter))
+            info = TensorInfo(key, site.factors[letter].dtype, _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
         if "m" in site.factors:
             key = f"{under}.lora_magnitude_vector"
@@ -153,6 +153,8 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
     def load() -> Array:
         import numpy as np
 
+        from lorasurgery.arrays import NUMPY
+
         factors = site.load()
         if letter == "m":
             data = factors["m"]
@@ -164,7 +166,7 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
             data = factors["B"].transpose(1, 2, 0).reshape(factors["B"].shape[1], -1)
         else:
             data = factors[letter]
-        return np.ascontiguousarray(data, np.float32)
+        return np.ascontiguousarray(data).astype(NUMPY[site.factors[letter].dtype], copy=False)
 
     return load
 
