@@ -186,9 +186,8 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
     for name, site in zip(live, adapter.sites, strict=True):
-        rows, experts = site.factors["B"].shape[-2], _experts(site)
-        parts = names.parts(name, rows, experts)
-        if not parts:
+        parts = names.parts(name, site.size[0] or 0, site.experts)
+        if not parts and not site.optional:
             missing[name] = site
         for part in parts:
             turned = _orientation(model, site, part)
@@ -242,26 +241,24 @@ def combine(parts: Sequence[Resolved]) -> Resolved:
     return Resolved(targets, replaced, added, missing, tuple(problems))
 
 
-def _experts(site: Site) -> int:
-    shape = site.factors["A"].shape
-    return shape[0] if len(shape) == 3 else 1
-
-
 def _orientation(model: Model, site: Site, part: Part) -> bool | None:
     """Whether W is stored turned, [in, out]; None if the factors fit neither way."""
     info = model.weights.info(part.tensor)
-    out, in_ = site.factors["B"].shape[-2], site.factors["A"].shape[-1]
+    out, in_ = site.size
     if part.rows is not None:
         out = part.rows[1] - part.rows[0]
     stack = site.layout == "experts" and part.expert is None
-    if stack and (len(info.shape) != 3 or info.shape[0] != _experts(site)):
+    if stack and (len(info.shape) != 3 or info.shape[0] != site.experts):
         return None
     if stack:
         _, rows, columns = info.shape
     else:  # a convolution's weight is [out, in, ...]
         rows = info.shape[0] if info.shape else 1
         columns = info.numel // max(1, rows)
-    straight, turned = (out, in_) == (rows, columns), (in_, out) == (rows, columns)
+    if site.layout == "channels":
+        columns = info.shape[1] if len(info.shape) > 1 else 1
+    straight = out in (None, rows) and in_ in (None, columns)
+    turned = out in (None, columns) and in_ in (None, rows)
     if straight and turned:
         return _turned_by_name(model.config, site)
     if turned and not _may_turn(model.config, site):
@@ -291,8 +288,16 @@ def _is_conv1d(config: Mapping[str, Any], site: Site) -> bool:
 
 
 def _misfit(model: Model, site: Site, part: Part) -> Problem:
-    a, b = site.factors["A"], site.factors["B"]
     info = model.weights.info(part.tensor)
+    if site.sides != (None, None):
+        first = next(iter(site.factors.values()))
+        size = ", ".join("any" if side is None else str(side) for side in site.sides)
+        return Problem(
+            first.name,
+            f"{site.module}: the factors are of a weight of [{size}], but {part.tensor} in "
+            f"{model.path} is {list(info.shape)}",
+        )
+    a, b = site.factors["A"], site.factors["B"]
     return Problem(
         a.name,
         f"{site.module}: A {list(a.shape)} and B {list(b.shape)} make a change of "

@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import FormatError
@@ -16,6 +16,9 @@ from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
+
+# what is known of a tensor, and what gives it as it is stored
+Stored: TypeAlias = tuple[TensorInfo, Callable[[], "Array"]]
 
 PREFIX = "base_model.model."
 # fields that follow from the sites; the others are carried along from where the adapter came
@@ -28,7 +31,11 @@ _DERIVED = (
 
 def write(adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors into an empty directory, a tensor at a time."""
-    tensors = dict(_tensors(adapter))
+    save(folder, config_of(adapter), dict(_tensors(adapter)))
+
+
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+    """The two files, whatever the type, a tensor at a time."""
     infos = [info for info, _ in tensors.values()]
     header = safetensors.header_of(infos, {"format": "pt"})
     with (folder / "adapter_model.safetensors").open("wb") as file:
@@ -37,7 +44,7 @@ def write(adapter: Adapter, folder: Path) -> None:
             data = load()
             assert data.nbytes == info.nbytes, info
             file.write(data.tobytes())
-    text = json.dumps(config_of(adapter), indent=2, sort_keys=True)
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n")
 
 
@@ -77,17 +84,16 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {f"^{n}": _plain(a) for n, a in alphas.items() if a != alpha},
         "target_modules": [n for n, s in names.items() if not _by_parameter(s)] or None,
         "target_parameters": [n for n, s in names.items() if _by_parameter(s)] or None,
-        "modules_to_save": sorted({_owner(n) for n in adapter.replaced if _saved(adapter, n)})
-        or None,
+        "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
         "init_lora_weights": True,
     }
 
 
-def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable[[], Array]]]]:
-    """Key -> what is known of the tensor, and what gives it as it is stored."""
-    depths, modules = _depths(adapter.sites), {site.module for site in adapter.sites}
+def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
+    """By key."""
+    depths = _depths(adapter.sites)
     for site in adapter.sites:
         under = f"{PREFIX}{site.module}{'.base_layer' * depths[id(site)]}"
         for letter in "AB":
@@ -99,14 +105,21 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable
         if "m" in site.factors:
             key = f"{under}.lora_magnitude_vector"
             yield key, (TensorInfo(key, "F32", _magnitudes(adapter, site)), _stored(site, "m"))
-    for name, info in adapter.replaced.items():
-        inside = "" if _owner(name) not in modules else ".base_layer"
-        key = f"{PREFIX}{_owner(name)}{inside}.{name.rpartition('.')[2]}"
-        yield key, (TensorInfo(key, info.dtype, info.shape), _whole(adapter, name))
+    yield from wholes(adapter)
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():
         key = f"{PREFIX}{name.removesuffix('.bias')}.lora_B.bias"
         yield key, (TensorInfo(key, "F32", info.shape), _unscaled(adapter, name, scalings[name]))
+
+
+def wholes(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
+    """The tensors that replace the base's, by key."""
+    adapted = {site.module for site in adapter.sites}
+    for name, info in adapter.replaced.items():
+        owner, _, parameter = name.rpartition(".")
+        # beside factors stands the base's own, of an embedding or a head
+        key = f"{PREFIX}{owner}.base_layer.{parameter}" if owner in adapted else PREFIX + name
+        yield key, (TensorInfo(key, info.dtype, info.shape), _whole(adapter, name))
 
 
 def _stored_shape(site: Site, letter: str) -> tuple[int, ...]:
@@ -185,13 +198,10 @@ def _by_parameter(site: Site) -> bool:
     return site.layout in ("experts", "parameter")
 
 
-def _saved(adapter: Adapter, name: str) -> bool:
-    """Whether a module is saved for this tensor's sake; what is adapted brings its base along by itself."""
-    return not name.endswith(".bias") and all(s.module != _owner(name) for s in adapter.sites)
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
+def owners(adapter: Adapter) -> list[str]:
+    """Modules that are kept whole: no factors adapt them."""
+    found = {name.rpartition(".")[0] for name in adapter.replaced if not name.endswith(".bias")}
+    return sorted(found - {site.module for site in adapter.sites})
 
 
 def _usual(values: Any, otherwise: Any) -> Any:
