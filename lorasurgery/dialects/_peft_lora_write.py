@@ -90,8 +90,11 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable
             key += "" if embedding else ".weight"
             info = TensorInfo(key, site.factors[letter].dtype, _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
+    wrapped = {f"{site.module}.bias": depths[id(site)] for site in adapter.sites}
     for name, info in adapter.replaced.items():
-        key = PREFIX + name
+        # the bias of an adapted module lies inside of its wrapper
+        inside = ".base_layer" * (wrapped[name] + 1) if name in wrapped else ""
+        key = f"{PREFIX}{_owner(name)}{inside}.{name.rpartition('.')[2]}"
         yield key, (TensorInfo(key, info.dtype, info.shape), _whole(adapter, name))
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():
