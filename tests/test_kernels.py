@@ -20,6 +20,7 @@ from lorasurgery.kernels import (
     lora_merge,
     nf4_dequantize,
     nf4_error,
+    nf4_matvec,
     nf4_quantize,
 )
 from lorasurgery.kernels.nf4_dequantize import NF4
@@ -184,6 +185,16 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
             lambda: nf4_error.run(np.zeros(64, F4), np.zeros(31, U1), np.zeros(1, F4), 64),
             "nf4_error: 64 weights in blocks of 64 have 32 bytes of codes and 1 scales, but "
             "there are [31] and [1]. Check the quantization state.",
+        ),
+        (
+            lambda: nf4_matvec.run(np.zeros(64, F4), np.zeros(32, U1), np.zeros(1, F4), 64, 1, NF4),
+            "nf4_matvec: x is float32 [64], but [m, in] of bfloat16, float16, float32 is needed. "
+            "Reshape or convert it.",
+        ),
+        (
+            lambda: nf4_matvec.run(np.zeros((1, 64), F4), np.zeros(32, U1), np.zeros(1, F4), 64, 2, NF4),
+            "nf4_matvec: 128 weights in blocks of 64 have 64 bytes of codes and 2 scales, but "
+            "there are [32] and [1]. Check the quantization state.",
         ),
         (
             lambda: double_quantize.run(np.zeros(0, F4)),
