@@ -14,6 +14,8 @@ from lorasurgery import plugins
 from lorasurgery.arrays import from_torch
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import (
+    dora_norm,
+    dora_output,
     double_dequantize,
     double_quantize,
     lora_delta,
@@ -30,7 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = plugins.names("kernels")
-LAUNCHED = ["double_dequantize", "double_quantize", "nf4_dequantize", "nf4_quantize"]
+LAUNCHED = [
+    "dora_norm", "dora_output", "double_dequantize", "double_quantize", "nf4_dequantize", "nf4_quantize",
+]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
 
@@ -146,6 +150,28 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
         (
             lambda: lora_merge.run(torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(4, 2), torch.int8),
             "lora_merge: int8 is not one of bfloat16, float16, float32. Convert the weight first.",
+        ),
+        (
+            lambda: dora_norm.run(np.zeros((4, 7), BF), np.zeros((2, 6), F4), np.zeros((4, 2), F4)),
+            "dora_norm: W is [4, 7], but B A is [4, 6]. Is this adapter for another base model?",
+        ),
+        (
+            lambda: dora_norm.run(torch.zeros(4, 6).int(), torch.zeros(2, 6), torch.zeros(4, 2)),
+            "dora_norm: int32 is not one of bfloat16, float16, float32. Convert the weight first.",
+        ),
+        (
+            lambda: dora_output.run(np.zeros((2, 3), F4), np.zeros((2, 3), BF), np.ones(3, F4), np.ones(3, F4)),
+            "dora_output: the base's output is float32 [2, 3] and the adapter's bfloat16 [2, 3], but "
+            "both must be one [n, out]. Reshape or convert them.",
+        ),
+        (
+            lambda: dora_output.run(np.zeros((2, 3), F4), np.zeros((2, 3), F4), np.ones(2, F4), np.ones(3, F4)),
+            "dora_output: magnitudes are float32 [2] and norms float32 [3], but float32 [3] is "
+            "needed. Is the adapter for this layer?",
+        ),
+        (
+            lambda: dora_output.run(np.zeros((2, 3)), np.zeros((2, 3)), np.ones(3, F4), np.ones(3, F4)),
+            "dora_output: float64 is not one of bfloat16, float16, float32. Convert the outputs first.",
         ),
         (
             lambda: nf4_quantize.run(np.zeros((2, 32), F4), 32),
