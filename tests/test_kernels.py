@@ -14,10 +14,12 @@ from lorasurgery import plugins
 from lorasurgery.arrays import from_torch
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import (
+    adalora_importance,
     dora_norm,
     dora_output,
     double_dequantize,
     double_quantize,
+    lora_adamw,
     lora_delta,
     lora_merge,
     nf4_dequantize,
@@ -33,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = plugins.names("kernels")
 LAUNCHED = [
-    "dora_norm", "dora_output", "double_dequantize", "double_quantize", "nf4_dequantize", "nf4_quantize",
+    "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
+    "nf4_dequantize", "nf4_quantize",
 ]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
@@ -150,6 +153,22 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
         (
             lambda: lora_merge.run(torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(4, 2), torch.int8),
             "lora_merge: int8 is not one of bfloat16, float16, float32. Convert the weight first.",
+        ),
+        (
+            lambda: adalora_importance.run(*[np.zeros((4, 7), F4)] * 3, np.zeros((4, 6), F4), 1),
+            "adalora_importance: factor, gradient and state are [[4, 7], [4, 7], [4, 7], [4, 6]] of "
+            "float32 with axis 1, but four float32 [rows, cols] of one shape and axis 0 or 1 are "
+            "needed. Convert them.",
+        ),
+        (
+            lambda: lora_adamw.run(*[np.zeros(4, F4)] * 3, np.zeros(4, BF), 1, 1, lora_adamw.Rates(1)),
+            "lora_adamw: factors, gradient and moments are [[4], [4], [4], [4]] of bfloat16, float32, "
+            "but four flat float32 of one size are needed. Flatten and convert them.",
+        ),
+        (
+            lambda: lora_adamw.run(*[np.zeros(4, F4)] * 4, 5, 0, lora_adamw.Rates(1)),
+            "lora_adamw: split 5 is not in 0..4, or step 0 is below 1. Count the elements of all A, "
+            "and steps from 1.",
         ),
         (
             lambda: dora_norm.run(np.zeros((4, 7), BF), np.zeros((2, 6), F4), np.zeros((4, 2), F4)),
