@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lorasurgery.kernels._nf4_triton import bfloat_bits
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def row_norms(  # type: ignore[no-untyped-def]
@@ -44,9 +46,6 @@ def scaled(  # type: ignore[no-untyped-def]
     y = tl.load(lora + index, mask=mask, other=0.0).to(tl.float32)
     v = (x + y) * tl.load(scale + index % columns, mask=mask, other=0.0)
     if BFLOAT:
-        bits = v.to(tl.int32, bitcast=True)
-        up = bits + 0x7FFF + ((bits >> 16) & 1)
-        rounded = tl.where(v == v, up >> 16, 0x7FC0)  # noqa: PLR0124 - nan alone differs
-        tl.store(out + index, rounded.to(tl.int16), mask=mask)
+        tl.store(out + index, bfloat_bits(v).to(tl.int16), mask=mask)
     else:
         tl.store(out + index, v.to(out.dtype.element_ty), mask=mask)
