@@ -9,6 +9,7 @@ import numpy as np
 from lorasurgery.kernels._numba import inner, jit
 
 LANES = 64  # running sums
+SPAN = 1024  # elements that stay in the first-level cache from loop to loop
 
 f4, f8 = np.float32, np.float64
 
@@ -19,14 +20,32 @@ def adamw(w: Any, grad: Any, m: Any, v: Any, numbers: Any, out: Any) -> Any:
 
     numbers: float32 (decay, 1 - β1, β2, 1 - β2, √(1 - β2ᵗ), ε, lr / (1 - β1ᵗ)).
     """
-    decay, first, second, rest, root, eps, rate = numbers
-    new_w, new_m, new_v = out
-    for i in range(len(w)):
-        g = grad[i]
-        m1 = m[i] + first * (g - m[i])
-        v1 = v[i] * second + rest * g * g
-        new_m[i], new_v[i] = m1, v1
-        new_w[i] = w[i] * decay - rate * m1 / (np.sqrt(v1) / root + eps)
+    x, first, second = np.empty(SPAN, f4), np.empty(SPAN, f4), np.empty(SPAN, f4)
+    for at in range(0, len(w), SPAN):
+        here = slice(at, min(at + SPAN, len(w)))
+        _moments(grad[here], m[here], v[here], numbers, (first, second))
+        _move(w[here], first, second, numbers, x)
+        for target, source in zip(out, (x, first, second)):  # noqa: B905 - numba knows no strict
+            part = target[here]
+            for j in range(len(part)):
+                part[j] = source[j]
+
+
+@inner
+def _moments(grad: Any, m: Any, v: Any, numbers: Any, out: Any) -> Any:
+    """Few arrays a loop, and those that are written fresh ones: LLVM makes vector code of no other."""
+    (first, second), (_, c1, b2, c2, _, _, _) = out, numbers
+    for j in range(len(grad)):
+        first[j] = m[j] + c1 * (grad[j] - m[j])
+    for j in range(len(grad)):
+        second[j] = v[j] * b2 + c2 * grad[j] * grad[j]
+
+
+@inner
+def _move(w: Any, first: Any, second: Any, numbers: Any, x: Any) -> Any:
+    decay, _, _, _, root, eps, rate = numbers
+    for j in range(len(w)):
+        x[j] = w[j] * decay - rate * first[j] / (np.sqrt(second[j]) / root + eps)
 
 
 @jit
