@@ -6,6 +6,7 @@ takes its place, in one step.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -111,18 +112,33 @@ def _stream(
 
 
 def _copy(source: File, name: str, file: BinaryIO) -> None:
-    """The bytes as they lie, with no tensor in memory."""
+    """The bytes as they lie, with no tensor in memory; holes of a sparse file stay holes."""
     place, nbytes = source.place(name), source.storage(name)[1]
     assert place is not None, name
+    at, shift = place[1], file.tell() - place[1]
+    end = at + nbytes
     with place[0].open("rb") as data:
-        data.seek(place[1])
-        while nbytes:
-            chunk = data.read(min(_CHUNK, nbytes))
+        while (at := _next_data(data, at, end)) < end:
+            data.seek(at)
+            chunk = data.read(min(_CHUNK, end - at))
             if not chunk:
                 raise FormatError(f"{place[0]}: {name} ends too early. Copy the file anew.")
-            # a hole stays one
-            file.write(chunk) if chunk.strip(b"\0") else file.seek(len(chunk), os.SEEK_CUR)
-            nbytes -= len(chunk)
+            file.seek(at + shift)
+            file.write(chunk)
+            at += len(chunk)
+    file.seek(end + shift)
+
+
+def _next_data(file: BinaryIO, at: int, end: int) -> int:
+    """Where the file holds something again, or the end."""
+    if at >= end or not hasattr(os, "SEEK_DATA"):
+        return at
+    try:
+        return min(end, os.lseek(file.fileno(), at, os.SEEK_DATA))
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return end
+        raise
 
 
 def _content(edited: Edited, name: str) -> Array:
