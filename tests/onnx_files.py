@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.helper as h
+import safetensors.numpy
 
 IN, MID, OUT = 70, 96, 33
 
@@ -72,3 +74,26 @@ def run(path: Path, x: np.ndarray) -> np.ndarray:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
+
+
+RANK, ALPHA = 3, 7.0
+
+
+def adapter(folder: Path, modules: Mapping[str, tuple[int, int]], **fields: Any) -> Path:
+    """A LoRA in PEFT's layout on modules of [out, in]."""
+    folder.mkdir()
+    held = {}
+    for i, (module, (out, in_)) in enumerate(modules.items()):
+        held[f"base_model.model.{module}.lora_A.weight"] = drawn(RANK, in_, seed=i + 1)
+        held[f"base_model.model.{module}.lora_B.weight"] = drawn(out, RANK, seed=i + 2)
+    safetensors.numpy.save_file(held, folder / "adapter_model.safetensors", {"format": "pt"})
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def delta(folder: Path, module: str) -> np.ndarray:
+    """The change [out, in] that such an adapter means."""
+    held = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    a, b = (held[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
+    return ALPHA / RANK * (b @ a)

@@ -6,7 +6,7 @@ A group of flags is a frozen dataclass: a command that takes one has its fields 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from lorasurgery.cli._config import use_config
 from lorasurgery.cli._sizes import size
+from lorasurgery.errors import UsageError
 
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
 FloatName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -96,6 +97,14 @@ class Writing:
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
     ] = 0
+
+
+def refuse_flags(path: Path, given: Mapping[str, object]) -> None:
+    """Raise UsageError for a flag that means nothing to an ONNX file."""
+    if named := [flag for flag, value in given.items() if value]:
+        raise UsageError(
+            f"{named[0]}: means nothing to an ONNX file, and {path} is one. Take it away."
+        )
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorasurgery.formats._onnx_header import Header, Node
@@ -20,7 +20,7 @@ from lorasurgery.tensors import FLOATS
 class Linear:
     """One weight of one module. `turned`: the initializer is [in, out]; `nodes` are indices.
 
-    `alone`: nothing else of the graph uses the initializer.
+    `alone`: nothing else of the graph uses the initializer; `elsewhere`: something does that is no product.
     """
 
     module: str
@@ -28,6 +28,7 @@ class Linear:
     turned: bool
     nodes: tuple[int, ...]
     alone: bool
+    elsewhere: bool
     shape: tuple[int, int]  # [out, in]
 
 
@@ -51,31 +52,22 @@ def linears(header: Header) -> list[Linear]:
         turned = (node.op == "MatMul" or not node.attributes.get("transB", 0)) != way.transposed
         module = _module(header, node, way)
         groups[module, way.initializer, turned].append(index)
-    direct = Counter(name for _, name, _ in groups for name in [name])
+    products: dict[str, set[int]] = defaultdict(set)
+    for (_, name, _), nodes in groups.items():
+        products[name].update(nodes)
     found = []
     for (module, name, turned), nodes in groups.items():
         rows, columns = header.initializers[name].dims
-        alone = direct[name] == 1 and _leaves(header, uses, name) == set(nodes)
+        elsewhere = bool(_leaves(header, uses, name) - products[name])
+        alone = not elsewhere and products[name] == set(nodes)
         shape = (columns, rows) if turned else (rows, columns)
-        found.append(Linear(module, name, turned, tuple(nodes), alone, shape))
+        found.append(Linear(module, name, turned, tuple(nodes), alone, elsewhere, shape))
     return _unique(found)
 
 
-def describe(header: Header, linear: Linear) -> str:
-    """The node that stands for it, and its initializer."""
-    node = header.nodes[linear.nodes[0]]
-    return f"{node.op} {node.name or node.outputs[0]}, {linear.initializer}"
-
-
-def with_map(header: Header, found: list[Linear], given: Mapping[str, str]) -> list[Linear]:
-    """Modules named by hand: to the initializer or node of this name. Unknown ones are left to the caller."""
-    by_name = {text: module for module, text in given.items()}
-    named = []
-    for linear in found:
-        names = [linear.initializer, *(header.nodes[i].name for i in linear.nodes)]
-        module = next((by_name[n] for n in names if n in by_name), linear.module)
-        named.append(replace(linear, module=module))
-    return named
+def called(header: Header, linear: Linear) -> set[str]:
+    """The names that stand for it in the file: its initializer's, its nodes'."""
+    return {linear.initializer, *(header.nodes[i].name for i in linear.nodes)}
 
 
 def _multiplies(node: Node) -> bool:
@@ -156,9 +148,8 @@ def _path(name: str) -> str:
     return ".".join(name.strip("/").split("/")[:-1])
 
 
-def _unique(found: Iterable[Linear]) -> list[Linear]:
+def _unique(found: list[Linear]) -> list[Linear]:
     """Two weights of one module are told apart by their initializers."""
-    found = list(found)
     counts = Counter(linear.module for linear in found)
     return [
         replace(linear, module=f"{linear.module}:{linear.initializer}")

@@ -45,8 +45,13 @@ def check_file(path: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{path}: exists. Pass --overwrite, or name another.")
 
 
-def write(edited: Edited, path: Path, done: Callable[[str, int], None]) -> int:
-    """Write the model and everything it is made of; returns its bytes. `done` hears of each tensor."""
+def write(
+    edited: Edited, path: Path, done: Callable[[str, int], None], check: Callable[[], None]
+) -> int:
+    """Write the model and everything it is made of; returns its bytes.
+
+    `done` hears of each tensor; `check` raises, when all are known, if the old model is to stay.
+    """
     proto = edited.proto()
     sizes = {t.name: _nbytes(edited, t) for t in proto.graph.initializer if _comes(edited, t)}
     outside = sum(sizes.values()) > INLINE or any(
@@ -65,6 +70,7 @@ def write(edited: Edited, path: Path, done: Callable[[str, int], None]) -> int:
                 done(tensor.name, sizes[tensor.name])
         (folder / path.name).write_bytes(proto.SerializeToString())
         total = sum(written.stat().st_size for written in folder.iterdir())
+        check()
         if data:
             os.replace(folder / data.name, data)
         os.replace(folder / path.name, path)
@@ -76,11 +82,13 @@ def write(edited: Edited, path: Path, done: Callable[[str, int], None]) -> int:
 
 def _comes(edited: Edited, tensor: onnx.TensorProto) -> bool:
     """Whether its data is still to be written; clears what stands for it."""
+    import onnx
+
     stored = edited.file.header.initializers.get(tensor.name)
     if tensor.name not in edited.made and (stored is None or stored.file is None):
         return False
-    tensor.ClearField("external_data")
-    tensor.ClearField("data_location")
+    facts = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    tensor.CopyFrom(facts)
     return True
 
 

@@ -20,6 +20,7 @@ class Deed:
     report: Callable[[int], Report]
     settings: Mapping[str, object]
     inputs: Mapping[str, Path]
+    check: Callable[[], None] = lambda: None
 
 
 def deliver(edited: Edited, output: Path | None, how: RunOptions, deed: Deed) -> Report:
@@ -34,7 +35,7 @@ def deliver(edited: Edited, output: Path | None, how: RunOptions, deed: Deed) ->
         finished += nbytes
         how.progress(min(finished, total), total, name)
 
-    found = deed.report(write(edited, output, done))
+    found = deed.report(write(edited, output, done, deed.check))
     content = manifest(found, "", deed.settings, deed.inputs)
     beside = output.with_name(output.name + ".surgery.json")
     part = beside.with_name(beside.name + ".part")
