@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorasurgery import plugins
 from lorasurgery.adapter import Adapter
 from lorasurgery.change import Change
 from lorasurgery.checkpoint import MANIFEST
-from lorasurgery.errors import MatchError
+from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations._merge_options import MergeOptions
@@ -109,9 +110,21 @@ def _without_wholes(
         for name in adapter.replaced
     ]
     where = ", ".join(str(adapter.path) for adapter, _ in adapters)
+    _insist_linear(adapters)
     problems = [*lost, *(p for adapter, _ in adapters for p in adapter.problems)]
     refuse(where, problems, options.allowed)
     return [(replace(adapter, replaced={}, problems=()), weight) for adapter, weight in adapters]
+
+
+def _insist_linear(adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Raises UsageError for a change that was made of the base, and is not known without it."""
+    for adapter, _ in adapters:
+        for name in sorted({site.config.variant for site in adapter.sites}):
+            if not plugins.load("adapters", name).LINEAR_IN_W:
+                raise UsageError(
+                    f"{adapter.path}: the change of {name} was made of the base's weights, and cannot "
+                    "be subtracted from merged ones. Name the undo file with --undo, or keep the base."
+                )
 
 
 def _check_adapters(adapters: Sequence[tuple[Adapter, float]], undo: UndoFile) -> None:
