@@ -41,7 +41,8 @@ class Site:
     """One adapted parameter, as the trainer saw it.
 
     `module` is the path without the trainer's prefix; `parameter` is 'weight' but for
-    target_parameters; `factors` are facts; `load` reads them as float32, W-side: A [r, in], B [out, r].
+    target_parameters; `factors` are facts, with the dtype that a dialect writes them in; `load` reads
+    them as float32, W-side: A [r, in], B [out, r].
     `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'parameter' as it is
     stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r], 'channels' a
     convolution's [out, in, ...] of which the factors know the channels alone.
@@ -91,10 +92,17 @@ class Adapter:
     load_added: Callable[[str], Array]  # one of `added`: float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
+    # where factors depend on the base (VeRA's projections): the adapter with all of them, from the
+    # shapes of what it adapts by module and parameter; None where nothing is missing
+    complete: Callable[[Mapping[str, tuple[int, ...]]], Adapter] | None = None
 
 
 class Variant(Protocol):
-    """What a module in adapters/ offers. W is [out, in]; all maths in float32."""
+    """What a module in adapters/ offers. W is [out, in]; all maths in float32.
+
+    A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
+    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row.
+    """
 
     @property
     def LINEAR_IN_W(self) -> bool: ...  # the delta is free of W, so unmerging subtracts it

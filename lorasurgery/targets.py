@@ -16,7 +16,7 @@ from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
-    from lorasurgery.change import Change, LowRank
+    from lorasurgery.change import Change, LowRank, Rows
     from lorasurgery.model import Model
 
 
@@ -63,6 +63,26 @@ class Share:
         weighed: Array = delta * delta.dtype.type(self.weight)
         return weighed.transpose(0, 2, 1) if self.turned else weighed
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row of the change is made of the same row of the tensor."""
+        names = getattr(self.variant, "ROWS", ())
+        whole = self.part.expert is None and self.site.layout != "experts" and not self.turned
+        factors, rows = self.site.factors, self.info.shape[0] if self.info.shape else 1
+        return whole and bool(names) and all(factors[name].shape[0] == rows for name in names)
+
+    def some(self) -> Callable[[Array, int], Array]:
+        """What makes the change of a few rows, from them and the number of their first."""
+        variant, config, factors = self.variant, self.site.config, dict(self.site.load())
+        names = getattr(variant, "ROWS", ())
+
+        def make(w: Array, start: int) -> Array:
+            of = {n: f[start : start + len(w)] if n in names else f for n, f in factors.items()}
+            delta = variant.delta(w, of, config)
+            return delta if self.weight == 1.0 else delta * delta.dtype.type(self.weight)
+
+        return make
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -71,16 +91,16 @@ class Target:
     tensor: str
     shares: tuple[Share, ...]
 
-    def change(self, weight: Callable[[], Array] | None = None) -> Change:
+    def change(self, weight: Rows | None = None) -> Change:
         """What is added to the weight that `weight` reads.
 
         Low-rank shares lie side by side: a sum of products is a product of rank r1 + r2. A change that
-        is no such product is made of the whole weight, one share after another; where `weight` is None,
-        it cannot be known, and is nothing.
+        is no such product is made of the weight, one share after another, row by row if it can be;
+        where `weight` is None, it cannot be known, and is nothing.
         """
         import numpy as np
 
-        from lorasurgery.change import Dense, LowRank, widened
+        from lorasurgery.change import ByRows, Dense, LowRank, widened
 
         forms = [share.factors() for share in self.shares]
         pairs = [form for form in forms if form is not None]
@@ -90,11 +110,28 @@ class Target:
             return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b))
         if weight is None:
             return LowRank.nothing(self.shares[0].info)
-        w = widened(weight())
+        info = self.shares[0].info
+        rows = info.shape[0] if info.shape else 1
+        if all(share.by_rows for share in self.shares):
+            return ByRows(self._by_rows(weight), rows, info.numel // max(1, rows))
+        w = widened(weight(0, rows))
         total = w.copy()
         for share in self.shares:
             total += share.dense(total)
         return Dense(total - w)
+
+    def _by_rows(self, weight: Rows) -> Rows:
+        first, *others = [share.some() for share in self.shares]
+
+        def make(start: int, stop: int) -> Array:
+            read = weight(start, stop)
+            w = read.astype("f4", copy=False).reshape(len(read) if read.ndim else 1, -1)
+            delta = first(w, start)
+            for other in others:
+                delta = delta + other(w + delta, start)
+            return delta
+
+        return make
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +182,7 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     """Lay one adapter upon a model; nothing is raised, all that does not fit is a problem."""
     live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
     names = Names(model.weights, [*live, *adapter.replaced, *adapter.added])
+    adapter = _completed(model, adapter, names)
     problems = list(adapter.problems)
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
@@ -170,6 +208,20 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
             added[stored] = (Whole(adapter, name, info, weight, added=True),)
     targets = {tensor: Target(tensor, tuple(of)) for tensor, of in shares.items()}
     return Resolved(targets, replaced, added, missing, tuple(problems))
+
+
+def completed(model: Model, adapter: Adapter) -> Adapter:
+    """The adapter with the factors that only the base's shapes tell."""
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    return _completed(model, adapter, Names(model.weights, live))
+
+
+def _completed(model: Model, adapter: Adapter, names: Names) -> Adapter:
+    if adapter.complete is None:
+        return adapter
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    found = {name: stored for name in live if (stored := names.find(name))}
+    return adapter.complete({n: model.weights.info(stored).shape for n, stored in found.items()})
 
 
 def unmatched(model: Model, resolved: Resolved) -> list[Problem]:

@@ -30,6 +30,17 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="GLOB", help="Leave these tensors alone; repeatable."),
 ]
+RanksAllowed = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks-allowed", metavar="8,16,...", help="Ranks that the result's modules may have."
+    ),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="SHARE", help="Keep this share of the change's energy."),
+]
+Rank = Annotated[int | None, typer.Option("--rank", help="Ranks up to this one.")]
 AllowUnmatched = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,6 +107,40 @@ class Writing:
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
     ] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WritingAdapter:
+    """Where an adapter is written, and how."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to write.")
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Wait until the disk has everything (fsync).")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compute the report, write nothing.")
+    ] = False
+    dialect: Annotated[
+        str | None,
+        typer.Option("--dialect", show_default="the input's", help="The layout to write."),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Float dtype of the factors."),
+    ] = "float32"
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
+    ] = 0
+
+    @property
+    def run(self) -> Writing:
+        """The part that says how to run."""
+        return Writing(
+            self.output, self.overwrite, durable=self.durable, dry_run=self.dry_run, jobs=self.jobs
+        )
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 _DERIVED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying", "lora_bias",
+    "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying", "lora_bias", "use_dora",
 )  # fmt: skip
 
 
@@ -34,10 +34,15 @@ def write(adapter: Adapter, folder: Path) -> None:
     save(folder, config_of(adapter), dict(_tensors(adapter)))
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+def save(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """The two files, whatever the type, a tensor at a time."""
     infos = [info for info, _ in tensors.values()]
-    header = safetensors.header_of(infos, {"format": "pt"})
+    header = safetensors.header_of(infos, {"format": "pt", **(metadata or {})})
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for info, load in tensors.values():
@@ -62,6 +67,11 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are scaled by alpha / sqrt(r) and some by alpha / r, which "
             "PEFT has one flag for. Bake the scale in."
         )
+    if len({site.config.variant for site in adapter.sites}) > 1:
+        raise FormatError(
+            f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
+            "them to one of them."
+        )
     kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
     return {
         "task_type": None,
@@ -74,6 +84,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": _plain(alpha),
         "use_rslora": stabilized == {True},
+        "use_dora": any("m" in site.factors for site in adapter.sites),
         "rank_pattern": {f"^{n}": r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{n}": _plain(a) for n, a in alphas.items() if a != alpha},
         "target_modules": [n for n, s in names.items() if not _by_parameter(s)] or None,
@@ -94,8 +105,11 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
             embedding = site.layout == "embedding"
             key = f"{under}.lora_{'embedding_' if embedding else ''}{letter}"
             key += "" if embedding else ".weight"
-            info = TensorInfo(key, "F32", _stored_shape(site, letter))
+            info = TensorInfo(key, site.factors[letter].dtype, _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
+        if "m" in site.factors:
+            key = f"{under}.lora_magnitude_vector"
+            yield key, (TensorInfo(key, "F32", _magnitudes(adapter, site)), _stored(site, "m"))
     yield from wholes(adapter)
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():
@@ -126,14 +140,30 @@ def _stored_shape(site: Site, letter: str) -> tuple[int, ...]:
     return (shape[1], shape[2] * shape[0])
 
 
+def _magnitudes(adapter: Adapter, site: Site) -> tuple[int, ...]:
+    """The shape that PEFT stores them in; raises FormatError for an axis that it does not norm."""
+    shape, embedding = site.factors["m"].shape, site.layout == "embedding"
+    size = shape[-1] if embedding else shape[-2]
+    if shape != ((1, size) if embedding else (size, 1)):
+        raise FormatError(
+            f"{adapter.path}: {site.module} has magnitudes {list(shape)}: PEFT norms the other axis. "
+            "Convert it to LoRA."
+        )
+    return (1, size, *(1 for _ in site.kernel)) if site.kernel else (size,)
+
+
 def _stored(site: Site, letter: str) -> Callable[[], Array]:
     """The factor as PEFT stores it: in A the expert varies slowest, in B fastest."""
 
     def load() -> Array:
         import numpy as np
 
+        from lorasurgery.arrays import NUMPY
+
         factors = site.load()
-        if site.layout == "embedding":
+        if letter == "m":
+            data = factors["m"]
+        elif site.layout == "embedding":
             data = factors["B" if letter == "A" else "A"].T
         elif site.layout == "experts" and letter == "A":
             data = factors["A"].reshape(-1, factors["A"].shape[2])
@@ -141,7 +171,7 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
             data = factors["B"].transpose(1, 2, 0).reshape(factors["B"].shape[1], -1)
         else:
             data = factors[letter]
-        return np.ascontiguousarray(data, np.float32)
+        return np.ascontiguousarray(data).astype(NUMPY[site.factors[letter].dtype], copy=False)
 
     return load
 

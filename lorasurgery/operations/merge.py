@@ -28,7 +28,8 @@ def merge(
     VerificationError, before the output is complete, where less than the threshold was retained;
     a rehearsal leaves that to `check`.
     """
-    plan = plan_merge(open_model(base), open_adapters(adapters), options)
+    model = open_model(base)
+    plan = plan_merge(model, open_adapters(adapters, model), options)
     if output is None:
         return rehearse(plan, how)
     if options.undo:
@@ -140,3 +141,6 @@ def _settings(
 def _task(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
     task = adapters[0][0].settings.get("task_type")
     return str(task) if task else None
+
+
+__all__ = ["MergeOptions", "advice", "check", "merge", "plan_merge"]
