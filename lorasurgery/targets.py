@@ -304,7 +304,7 @@ def _is_conv1d(config: Mapping[str, Any], site: Site) -> bool:
 
 def _misfit(model: Model, site: Site, part: Part) -> Problem:
     info = model.weights.info(part.tensor)
-    if site.sides != (None, None):
+    if site.sides != (None, None) or "A" not in site.factors:
         first = next(iter(site.factors.values()))
         size = ", ".join("any" if side is None else str(side) for side in site.sides)
         return Problem(

@@ -98,7 +98,7 @@ def _makes(site: Site, factor: int, *, both: bool) -> bool:
     )
     out, in_ = _sides(site.factors)
     made = plugins.load("adapters", "lokr").shapes(out, in_, config)
-    return made == {name: info.shape for name, info in site.factors.items()}
+    return bool(made == {name: info.shape for name, info in site.factors.items()})
 
 
 def _stored(site: Site) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Array]]]:
