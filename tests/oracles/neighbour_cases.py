@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from neighbours import Case
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from peft import (
+    BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    GraloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    ShiraConfig,
+    VBLoRAConfig,
+    WaveFTConfig,
+)
 
 Q0, UP1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -119,5 +136,25 @@ STARTED = [
     ]
 ]  # fmt: skip
 
-CASES = [*LOHA, *LOKR, *OFT, *IA3, *STARTED]
-NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0], STARTED[0]]
+# types that PEFT's own layers merge
+OTHERS = [
+    Case("BOFT", "llama", BOFTConfig(boft_block_size=4, target_modules=TWO), (Q0, UP1)),
+    Case("HRA", "llama", HRAConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("FourierFT", "llama",
+         FourierFTConfig(n_frequency=50, scaling=300.0, target_modules=TWO), (Q0, UP1)),
+    Case("MiSS", "llama", MissConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("SHiRA", "llama", ShiraConfig(r=4, target_modules=TWO, random_seed=3), (Q0, UP1)),
+    Case("HiRA", "llama", HiraConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("C3A", "llama", C3AConfig(block_size=16, target_modules=TWO), (Q0, UP1)),
+    Case("DeLoRA", "llama", DeloraConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("GraLoRA", "llama", GraloraConfig(r=4, alpha=6, gralora_k=2, target_modules=TWO), (Q0, UP1)),
+    Case("WaveFT", "llama", WaveFTConfig(n_frequency=50, scaling=300.0, target_modules=TWO), (Q0, UP1)),
+    Case("VB-LoRA", "llama",
+         VBLoRAConfig(r=2, num_vectors=20, vector_length=16, topk=2, target_modules=["q_proj", "up_proj"]),
+         (Q0, UP1)),
+    Case("HRA", "bert", HRAConfig(r=4, target_modules=["query", "dense"]), (QUERY,)),
+    Case("BOFT", "t5", BOFTConfig(boft_block_size=4, target_modules=["q", "wi"]), (T5_Q, T5_WI)),
+]  # fmt: skip
+
+CASES = [*LOHA, *LOKR, *OFT, *IA3, *STARTED, *OTHERS]
+NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0], STARTED[0], OTHERS[1]]
