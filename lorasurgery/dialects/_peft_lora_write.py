@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.dialects import _peft_lora_config as lora
+from lorasurgery.dialects._peft_lora_config import STARTS
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
 from lorasurgery.tensors import TensorInfo
@@ -68,10 +69,13 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are scaled by alpha / sqrt(r) and some by alpha / r, which "
             "PEFT has one flag for. Bake the scale in."
         )
-    if len({site.config.variant for site in adapter.sites}) > 1:
+    variants = {s.config.variant for s in adapter.sites if s.layout != "embedding"}
+    variants = variants or {site.config.variant for site in adapter.sites}
+    if len(variants) > 1:
+        several = " and some ".join(sorted(variants))
         raise FormatError(
-            f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
-            "them to one of them."
+            f"{adapter.path}: some sites are {several}, which PEFT has one flag for. Convert them to one "
+            "of them."
         )
     # of another layout's or another type's settings, what LoRA has too
     known = {*lora.READ, *lora.SILENT} - set(_DERIVED) if adapter.dialect == "peft" else set()
@@ -95,7 +99,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
-        "init_lora_weights": True,
+        "init_lora_weights": next(iter(variants & set(STARTS)), True),
     }
 
 
