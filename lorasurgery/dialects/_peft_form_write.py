@@ -39,6 +39,20 @@ def write(
     save(folder, {**_config(adapter, kind), **fields}, tensors)
 
 
+def factor(
+    site: Site, info: TensorInfo, name: str, *, turned: bool
+) -> tuple[tuple[int, ...], Callable[[], Array]]:
+    """A factor's shape in the file, and what loads it; `turned`: it lies there on its side."""
+
+    def load() -> Array:
+        import numpy as np
+
+        found = site.load()[name]
+        return np.ascontiguousarray(found.T if turned else found, np.float32)
+
+    return info.shape[::-1] if turned else info.shape, load
+
+
 def ranks(adapter: Adapter) -> dict[str, Any]:
     """r and alpha: the most common ones, and patterns for the modules that differ."""
     r = {site.module: site.config.rank for site in adapter.sites}
