@@ -91,6 +91,8 @@ class Adapter:
     load_added: Callable[[str], Array]  # one of `added`: float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
+    # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
+    base_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Variant(Protocol):

@@ -68,6 +68,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             "them to one of them."
         )
     kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
+    kept = kept if adapter.dialect == "peft" else {}
     return {
         "task_type": None,
         "lora_dropout": 0.0,

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 from lorasurgery import dialects
 from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, open_file, read_json
+from lorasurgery.dialects import _sayable
 from lorasurgery.errors import FormatError, UnknownNameError
 
 CONFIG = "adapter_config.json"
@@ -76,6 +77,7 @@ def read(path: Path) -> Adapter:
 
 def write(adapter: Adapter, folder: Path) -> None:
     """The adapter in the form that holds all of its sites. Raises FormatError where there is none."""
+    _sayable.joined(adapter, "PEFT")
     wanted = {site.config.variant for site in adapter.sites}
     for module in _forms().values():
         if wanted <= set(_form(module).VARIANTS):
