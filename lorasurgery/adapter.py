@@ -95,6 +95,8 @@ class Adapter:
     # where factors depend on the base (VeRA's projections): the adapter with all of them, from the
     # shapes of what it adapts by module and parameter; None where nothing is missing
     complete: Callable[[Mapping[str, tuple[int, ...]]], Adapter] | None = None
+    # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
+    base_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Variant(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from lorasurgery.layouts import EXPERTS, RENAMES
 from lorasurgery.plugins import suggestion
 
 _Rename = Callable[[str], str]
+
+# a module whose path is joined to one word, perhaps below another: no trainer with dots has such names
+_JOINED = re.compile(r"(\w+\.)?\w+_\w+\.\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Names:
     def __init__(self, stored: Iterable[str], wanted: Sequence[str]) -> None:
         """`wanted` are the adapter's parameters (path.weight): renamings that find many come first."""
         self.stored = set(stored)
+        self._joined = _by_joined_name(self.stored)
         self._tops = sorted({name.partition(".")[0] for name in self.stored})
         found = [(sum(self._known(r(n)) for n in wanted), r) for r in self._renamings(wanted)]
         self._renames = [r for hits, r in sorted(found, key=lambda pair: -pair[0]) if hits]
@@ -40,7 +45,8 @@ class Names:
         # torch's MultiheadAttention holds q, k and v in one matrix without a module of its own
         inner = re.sub(r"\.weight$", ".in_proj_weight", name)
         tries = [rename(n) for n in (name, inner) for rename in (*self._renames, _as_it_is)]
-        return next((n for n in tries if n in self.stored), None)
+        plain = next((n for n in tries if n in self.stored), None)
+        return plain or next((n for n in map(self._unjoined, tries) if n), None)
 
     def parts(self, name: str, rows: int, experts: int) -> list[Part]:
         """Where a live parameter is stored: one tensor, or a few for each expert; [] if nowhere.
@@ -79,8 +85,15 @@ class Names:
     def _known(self, name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         if parameter not in EXPERTS or name in self.stored:
-            return name in self.stored
+            return name in self.stored or self._unjoined(name) is not None
         return any(f"{module}.0.{n[0]}.weight" in self.stored for n in EXPERTS[parameter])
+
+    def _unjoined(self, name: str) -> str | None:
+        """The one stored name that reads so with `_` for `.`, as kohya's files have modules; or None."""
+        if _JOINED.fullmatch(name) is None:
+            return None
+        found = self._joined.get(_join(name), [])
+        return found[0] if len(found) == 1 else None
 
     def _renamings(self, wanted: Sequence[str]) -> list[_Rename]:
         """Identity first; then a prefix less (GPT-2's `transformer.`), a prefix more, known renames."""
@@ -91,6 +104,18 @@ class Names:
             *(_with(f"{top}.") for top in self._tops),
             *(_by(pattern, by) for pattern, by in RENAMES),
         ]
+
+
+def _join(name: str) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"{module.replace('.', '_')}.{parameter}"
+
+
+def _by_joined_name(stored: Iterable[str]) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for name in stored:
+        found[_join(name)].append(name)
+    return dict(found)
 
 
 def _as_it_is(name: str) -> str:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lorasurgery import plugins
 from lorasurgery.errors import FormatError
 from lorasurgery.operations._adapters import open_adapters, split_weight
+
+NAMES = plugins.names("dialects")
 
 
 def write_adapter(path):
@@ -58,5 +61,5 @@ def test_a_directory_without_an_adapter_is_named(tmp_path):
     with pytest.raises(FormatError) as caught:
         open_adapters([str(tmp_path)])
     assert str(caught.value) == (
-        f"{tmp_path}: holds no adapter in a layout that is known (peft). Check the path."
+        f"{tmp_path}: holds no adapter in a layout that is known ({', '.join(NAMES)}). Check the path."
     )

@@ -16,6 +16,7 @@ from lorasurgery import dialects
 from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, open_file, read_json
 from lorasurgery.dialects import _peft_other_types
+from lorasurgery.dialects import _sayable
 from lorasurgery.errors import FormatError, UnknownNameError
 
 CONFIG = "adapter_config.json"
@@ -79,6 +80,7 @@ def read(path: Path) -> Adapter:
 
 def write(adapter: Adapter, folder: Path) -> None:
     """The adapter in the form that holds all of its sites. Raises FormatError where there is none."""
+    _sayable.joined(adapter, "PEFT")
     wanted = {site.config.variant for site in adapter.sites}
     if wanted == set(_peft_other_types.VARIANTS):
         _peft_other_types.write(adapter, folder)

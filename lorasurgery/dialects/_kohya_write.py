@@ -1,0 +1,118 @@
+"""Writing kohya's single file: one scalar alpha a module, which takes in rsLoRA's scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.adapter import Adapter, Site
+from lorasurgery.dialects import _kohya_names, _kohya_products, _one_file, _sayable
+from lorasurgery.dialects._peft_lora_write import Stored
+from lorasurgery.errors import FormatError
+from lorasurgery.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from lorasurgery.arrays import Array
+
+_ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_scale"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """How a factor in the file differs from the site's."""
+
+    scale: float = 1.0
+    turned: bool = False
+
+
+_NONE = _Change()
+
+
+def write(adapter: Adapter, file: Path, variants: tuple[str, ...]) -> None:
+    """The factors of all sites, a tensor at a time, and the metadata that the file came with."""
+    _sayable.check(adapter, "kohya", variants)
+    tensors: dict[str, Stored] = {}
+    several = _kohya_names.has_several_encoders([site.module for site in adapter.sites])
+    first = several or adapter.settings.get("text_encoder") == _kohya_names.FIRST
+    for site in adapter.sites:
+        name = _kohya_names.name_of(site.module, first=first)
+        if f"{name}.alpha" in tensors:
+            raise FormatError(
+                f"{adapter.path}: {site.module} and another module are both {name} with _ for . "
+                "Write another dialect."
+            )
+        tensors |= {info.name: (info, load) for info, load in _tensors(adapter, site, name)}
+    _one_file.write(file, tensors, _metadata(adapter))
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    found = adapter.settings.get("metadata", {}) if adapter.dialect == "kohya" else {}
+    base = {"ss_sd_model_name": adapter.base} if adapter.base else {}
+    return {"format": "pt", **base, **found}
+
+
+def _tensors(adapter: Adapter, site: Site, name: str) -> Iterator[Stored]:
+    variant = site.config.variant
+    unscaled = _kohya_products.unscaled(variant, site.factors)
+    alpha = 1.0 if unscaled else site.config.scaling * site.config.rank
+    if variant in _kohya_products.FACTORS:
+        if site.config.extra.get("last_dimensions"):
+            raise FormatError(
+                f"{adapter.path}: {site.module} is PEFT's LoKr of a Conv1d, which LyCORIS multiplies "
+                "out otherwise. Convert it to LoRA."
+            )
+        ends = {f: end for end, f in _kohya_products.FACTORS[variant].items()}
+        for factor, info in site.factors.items():
+            turned = _kohya_products.sideways(variant, factor, site.factors)
+            shape = info.shape[::-1] if turned else info.shape
+            scale = site.config.scaling if unscaled and factor == "W1" else 1.0
+            stored = TensorInfo(f"{name}.{ends[factor]}", info.dtype, shape)
+            yield stored, _loader(site, factor, stored, _Change(scale, turned))
+    else:
+        for factor, info in site.factors.items():
+            shape = _spread(adapter, site, factor)
+            stored = TensorInfo(f"{name}.{_ENDS[factor]}", info.dtype, shape)
+            yield stored, _loader(site, factor, stored)
+    yield TensorInfo(f"{name}.alpha", "F32", ()), _number(alpha)
+
+
+def _spread(adapter: Adapter, site: Site, factor: str) -> tuple[int, ...]:
+    """The shape in the file: of a convolution with the kernel's dimensions."""
+    rows, columns = site.factors[factor].shape
+    if not site.kernel:
+        return rows, columns
+    if factor == "A":
+        return rows, columns // math.prod(site.kernel), *site.kernel
+    if factor == "m" and columns != 1:
+        raise FormatError(
+            f"{adapter.path}: {site.module} norms each column of a convolution, which LyCORIS does not."
+            " Merge it."
+        )
+    return rows, columns, *(1 for _ in site.kernel)
+
+
+def _loader(
+    site: Site, factor: str, info: TensorInfo, change: _Change = _NONE
+) -> Callable[[], Array]:
+    def load() -> Array:
+        import numpy as np
+
+        from lorasurgery.arrays import NUMPY
+
+        found = site.load()[factor] * np.float32(change.scale)
+        found = np.ascontiguousarray(found.T if change.turned else found)
+        return found.reshape(info.shape).astype(NUMPY[info.dtype], copy=False)
+
+    return load
+
+
+def _number(value: float) -> Callable[[], Array]:
+    def load() -> Array:
+        import numpy as np
+
+        return np.array(value, np.float32)
+
+    return load

@@ -1,0 +1,128 @@
+"""Files of the trainers' and runtimes' own libraries are read as those libraries mean them, and theirs read ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lorasurgery import plugins
+from lorasurgery.adapter import Adapter, Variant
+from lorasurgery.dialects import kohya
+
+
+class Net(nn.Module):
+    """A convolution and a linear layer, with `_` and `.` in their paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down_blocks = nn.ModuleList([nn.Conv2d(6, 10, 3, padding=1), nn.Conv2d(10, 4, 1)])
+        self.mid = nn.ModuleDict({"proj_out": nn.Linear(16, 20)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.down_blocks:
+            x = block(x).tanh()
+        found: Tensor = self.mid["proj_out"](x.flatten(2))
+        return found
+
+
+X = torch.linspace(-1, 1, 2 * 6 * 16).reshape(2, 6, 4, 4)
+# LyCORIS' algorithm and its options, all scaled by something else than 1
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"algo": "lora"},
+    "lora with cores": {"algo": "lora", "use_tucker": True},
+    "lora, rank-stabilized": {"algo": "lora", "rs_lora": True},
+    "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+    "loha": {"algo": "loha"},
+    "loha with cores": {"algo": "loha", "use_tucker": True},
+    "lokr": {"algo": "lokr", "factor": 2},
+    "lokr, both factored": {"algo": "lokr", "decompose_both": True},
+    "lokr with cores": {"algo": "lokr", "factor": 2, "use_tucker": True},
+    "lokr, both whole": {"algo": "lokr", "factor": 2, "linear_dim": 64},
+}
+
+
+def trained(options: dict[str, Any]) -> tuple[Net, Any]:
+    """The network with LyCORIS' modules in it, all of whose factors are moved away from zero."""
+    LycorisNetwork.apply_preset({"target_module": ["Net"]})
+    net = Net().eval()
+    sizes = {
+        "linear_dim": 2,
+        "linear_alpha": 3.0,
+        "conv_dim": options.get("linear_dim", 2),
+        "conv_alpha": 3.0,
+    }
+    network = create_lycoris(net, 1.0, **{**sizes, **options})
+    network.apply_to()
+    for p in network.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    return net, network.eval()
+
+
+def merged(adapter: Adapter) -> Net:
+    """A plain network whose weights took the adapter's changes in."""
+    net = Net().eval()
+    weights = dict(net.named_parameters())
+    names = {name.removesuffix(".weight").replace(".", "_"): name for name in weights}
+    assert adapter.sites
+    for site in adapter.sites:
+        w = weights[names[site.module]]
+        variant = cast(Variant, plugins.load("adapters", site.config.variant))
+        flat = w.detach().numpy().reshape(len(w), -1)
+        delta = variant.delta(flat, site.load(), site.config)
+        w.data += torch.from_numpy(np.ascontiguousarray(delta)).reshape(w.shape)
+    return net
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_of_lycoris_computes_what_its_network_does(tmp_path: Path, case: str) -> None:
+    net, network = trained(CASES[case])
+    file = tmp_path / "its.safetensors"
+    network.save_weights(str(file), torch.float32, {})
+    found = kohya.read(file)
+    assert found.problems == ()
+    assert len(found.sites) == 3
+    with torch.inference_mode():
+        wanted, got = net(X), merged(found)(X)
+        assert (wanted - Net()(X)).abs().max() > 0.05  # or else there would be nothing to see
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+# LyCORIS' loader takes the rank of a LoKr with cores from the wrong side, and fails on its own file
+@pytest.mark.parametrize("case", [c for c in CASES if c != "lokr with cores"])
+def test_lycoris_reads_what_was_written(tmp_path: Path, case: str) -> None:
+    net, network = trained(CASES[case])
+    network.save_weights(str(tmp_path / "its.safetensors"), torch.float32, {})
+    (tmp_path / "ours").mkdir()
+    kohya.write(kohya.read(tmp_path / "its.safetensors"), tmp_path / "ours")
+    ours = tmp_path / "ours" / "lora.safetensors"
+    plain = Net().eval()
+    again, _ = create_lycoris_from_weights(1.0, str(ours), plain)
+    again.apply_to()
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(X), net(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c not in ("lora with cores", "lokr, both whole")]
+)
+def test_a_file_of_lycoris_is_written_as_it_was(tmp_path: Path, case: str) -> None:
+    # but for what has no say: a core is folded into A, and the alpha of whole parts scales nothing
+    _, network = trained(CASES[case])
+    network.save_weights(str(tmp_path / "its.safetensors"), torch.float32, {})
+    (tmp_path / "ours").mkdir()
+    kohya.write(kohya.read(tmp_path / "its.safetensors"), tmp_path / "ours")
+    theirs, ours = (
+        load_file(p / f)
+        for p, f in ((tmp_path, "its.safetensors"), (tmp_path / "ours", "lora.safetensors"))
+    )
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor)

@@ -1,0 +1,98 @@
+"""Laws that hold for every dialect: what is written is read again, and nobody else's files are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade import HIDDEN, WIDE, adapter, delta, llama, lora
+from safetensors.numpy import save_file
+
+from lorasurgery import plugins
+from lorasurgery.adapter import Adapter, AdapterConfig
+from lorasurgery.operations._adapters import open_adapter
+
+NAMES = plugins.names("dialects")
+
+
+@pytest.fixture(params=NAMES)
+def dialect(request):
+    return plugins.load("dialects", request.param)
+
+
+def written(dialect, made: Adapter, folder: Path) -> Path:
+    folder.mkdir()
+    dialect.write(made, folder)
+    return folder
+
+
+def modules(found: Adapter) -> dict[str, object]:
+    """Sites by module, without what distinguishes kohya's joined names from paths."""
+    return {site.module.replace(".", "_"): site for site in found.sites}
+
+
+def test_what_is_written_is_read_again(dialect, tmp_path):
+    made = llama()
+    found = dialect.read(written(dialect, made, tmp_path / "it"))
+    assert found.problems == ()
+    wanted, got = modules(made), modules(found)
+    assert got.keys() == wanted.keys()
+    for name, site in wanted.items():
+        assert got[name].config.variant == "lora"
+        assert got[name].config.rank == site.config.rank
+        assert {n: i.shape for n, i in got[name].factors.items()} == {
+            n: f.shape for n, f in got[name].load().items()
+        }
+        # a scale may be baked into B, which rounds once
+        np.testing.assert_allclose(delta(got[name]), delta(site), rtol=1e-6)
+
+
+def test_a_single_file_is_the_adapter_too(dialect, tmp_path):
+    folder = written(dialect, llama(), tmp_path / "it")
+    files = sorted(folder.iterdir())
+    if len(files) == 1:
+        assert dialect.detect(files[0])
+        assert modules(dialect.read(files[0])).keys() == modules(llama()).keys()
+    else:
+        assert [file.name for file in files] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_each_dialect_knows_its_own_files_and_no_others(dialect, tmp_path):
+    folder = written(dialect, llama(), tmp_path / "it")
+    claims = [n for n in NAMES if plugins.load("dialects", n).detect(folder)]
+    assert [f"lorasurgery.dialects.{name}" for name in claims] == [dialect.__name__]
+    assert open_adapter(folder).dialect == claims[0]
+
+
+def test_no_dialect_takes_a_model_for_an_adapter(dialect, tmp_path):
+    save_file(
+        {"model.embed_tokens.weight": np.ones((4, 4), np.float32)}, tmp_path / "x.safetensors"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert not dialect.detect(tmp_path)
+    assert not dialect.detect(tmp_path / "x.safetensors")
+    assert not dialect.detect(tmp_path / "missing")
+
+
+def test_written_twice_is_written_the_same(dialect, tmp_path):
+    one, two = (written(dialect, llama(), tmp_path / name) for name in "ab")
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes(), file.name
+
+
+def test_read_and_written_again_is_the_same_change(dialect, tmp_path):
+    first = dialect.read(written(dialect, llama(), tmp_path / "a"))
+    again = replace(first, base_config=llama().base_config)
+    second = dialect.read(written(dialect, again, tmp_path / "b"))
+    for one, two in zip(first.sites, second.sites, strict=True):
+        assert one.module == two.module
+        np.testing.assert_allclose(delta(one), delta(two), rtol=1e-6)
+
+
+def test_a_scale_by_the_root_of_the_rank_is_kept(dialect, tmp_path):
+    config = AdapterConfig("lora", 4, 8.0, rank_stabilized=True)
+    made = adapter([lora("model.layers.0.mlp.up_proj", WIDE, HIDDEN, config)])
+    (site,) = dialect.read(written(dialect, made, tmp_path / "it")).sites
+    np.testing.assert_allclose(delta(site), delta(made.sites[0]), rtol=1e-6)
