@@ -15,8 +15,7 @@ from typing import Any, Protocol, cast
 from lorasurgery import dialects
 from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, open_file, read_json
-from lorasurgery.dialects import _peft_other_types
-from lorasurgery.dialects import _sayable
+from lorasurgery.dialects import _peft_other_types, _sayable
 from lorasurgery.errors import FormatError, UnknownNameError
 
 CONFIG = "adapter_config.json"
