@@ -103,3 +103,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     codes = torch.randint(0, 256, (300 * 1024,), dtype=torch.uint8, generator=rng)
     x, absmax = torch.randn(2, 2048, generator=rng), torch.rand(9600, generator=rng)
     yield "threads", (x, codes, absmax, 64, 300, table.flip(0))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """One row of float32 against a layer, for a clock."""
+    import torch
+
+    codes, absmax, block, _, _, table = nf4_dequantize.sized(rng, side)
+    return torch.randn(1, side, generator=rng), codes, absmax, block, side, table
