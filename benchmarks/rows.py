@@ -96,6 +96,27 @@ def nf4(setting: Setting) -> Row:
     return Row("NF4 + double quantization, 4096 x 4096 bf16, in process", sides)
 
 
+def kernel(name: str, title: str, setting: Setting) -> Row:
+    """One of benchmarks.kernels_in_process; the results are compared there."""
+    repeats = str(max(5, setting.repeats))
+    done = run((sys.executable, "-m", "benchmarks.kernels_in_process", name, repeats))
+    times = json.loads(done.stdout)
+    return Row(f"{title}, in process", tuple(Side(who, seconds) for who, seconds in times.items()))
+
+
+def dequantize_kernel(setting: Setting) -> Row:
+    return kernel("dequantize", "NF4 to bfloat16, 4096 x 4096", setting)
+
+
+def merge_kernel(setting: Setting) -> Row:
+    """Copying is the floor."""
+    return kernel("merge", "merge 8192 x 2048 bf16 at rank 16", setting)
+
+
+def matvec_kernel(setting: Setting) -> Row:
+    return kernel("matvec", "NF4 matvec, 4096 x 4096", setting)
+
+
 def quantize(setting: Setting) -> Row:
     """File to file, whole processes."""
     ours, theirs = setting.scratch / "nf4", setting.scratch / "nf4-peer"
@@ -149,5 +170,6 @@ def inspect(setting: Setting) -> Row:
 
 
 ROWS: dict[str, Callable[[Setting], Row]] = {
-    "nf4": nf4, "quantize": quantize, "merge": merge, "help": help_, "inspect": inspect,
+    "nf4": nf4, "dequantize-kernel": dequantize_kernel, "merge-kernel": merge_kernel,
+    "matvec-kernel": matvec_kernel, "quantize": quantize, "merge": merge, "help": help_, "inspect": inspect,
 }  # fmt: skip

@@ -135,3 +135,9 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"{label}-rtn", call
             yield f"{label}-keep", (*call, True)
             yield f"{label}-stochastic", (*call, False, 5, (1 << 32) - 2 * block)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer at rank 16, for a clock."""
+    codes, absmax, block, _, dtype, _ = nf4_dequantize.sized(rng, side)
+    return codes, absmax, block, *lora_delta.sized(rng, side), dtype
