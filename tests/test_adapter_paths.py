@@ -58,5 +58,5 @@ def test_a_directory_without_an_adapter_is_named(tmp_path):
     with pytest.raises(FormatError) as caught:
         open_adapters([str(tmp_path)])
     assert str(caught.value) == (
-        f"{tmp_path}: holds no adapter in a layout that is known (peft). Check the path."
+        f"{tmp_path}: holds no adapter in a layout that is known (peft, surgery). Check the path."
     )
