@@ -23,6 +23,7 @@ class Setting:
 
     base: Path
     adapter: Path
+    dora: Path
     scratch: Path
     repeats: int
 
@@ -135,17 +136,26 @@ def quantize(setting: Setting) -> Row:
 
 def merge(setting: Setting) -> Row:
     """File to file, whole processes; cp is the floor."""
+    return _merge(setting, setting.adapter, "merge a rank-16 LoRA, file to file")
+
+
+def merge_dora(setting: Setting) -> Row:
+    """The same with magnitudes."""
+    return _merge(setting, setting.dora, "merge a rank-16 DoRA, file to file")
+
+
+def _merge(setting: Setting, adapter: Path, name: str) -> Row:
     ours, theirs, copy = (setting.scratch / n for n in ("merged", "merged-peer", "copy"))
     contenders = (
-        Contender("lorasurgery", (*OURS, "merge", setting.base, setting.adapter, "-o", ours), ours),
+        Contender("lorasurgery", (*OURS, "merge", setting.base, adapter, "-o", ours), ours),
         Contender(
             "PEFT",
-            (sys.executable, PEERS / "peft_merge.py", setting.base, setting.adapter, theirs),
+            (sys.executable, PEERS / "peft_merge.py", setting.base, adapter, theirs),
             theirs,
         ),
         Contender("cp", ("cp", "-rL", setting.base, copy), copy),
     )
-    row = alternate("merge a rank-16 LoRA, file to file", contenders, setting.repeats)
+    row = alternate(name, contenders, setting.repeats)
     compare(contenders, "near")
     return row
 
@@ -171,5 +181,6 @@ def inspect(setting: Setting) -> Row:
 
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "nf4": nf4, "dequantize-kernel": dequantize_kernel, "merge-kernel": merge_kernel,
-    "matvec-kernel": matvec_kernel, "quantize": quantize, "merge": merge, "help": help_, "inspect": inspect,
+    "matvec-kernel": matvec_kernel, "quantize": quantize, "merge": merge,
+    "merge-dora": merge_dora, "help": help_, "inspect": inspect,
 }  # fmt: skip

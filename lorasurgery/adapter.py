@@ -103,7 +103,8 @@ class Variant(Protocol):
     """What a module in adapters/ offers. W is [out, in]; all maths in float32.
 
     A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
-    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row.
+    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row, and by its
+    own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW.
     """
 
     @property

@@ -17,6 +17,7 @@ from lorasurgery.kernels import (
     adalora_importance,
     dora_norm,
     dora_output,
+    dora_merge,
     double_dequantize,
     double_quantize,
     lora_adamw,
@@ -137,6 +138,13 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: dora_merge.run(
+                np.zeros((4, 6), F4), np.zeros((2, 6), F4), np.zeros((4, 2), F4), np.ones(3, F4), F4
+            ),
+            "dora_merge: W is [4, 6] and m [3], but B A is [4, 6]. Is this adapter for another base "
+            "model?",
+        ),
         (
             lambda: lora_delta.run(np.zeros((2, 6), F4), np.zeros((4, 3), F4)),
             "lora_delta: A is [2, 6] and B is [4, 3], but [r, in] and [out, r] are needed. "
