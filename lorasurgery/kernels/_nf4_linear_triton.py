@@ -1,7 +1,7 @@
 """Products with an NF4 weight W [n, k] on the GPU: x Wᵀ for one row and for many, and g W.
 
-With LOW each adds a low-rank term, scale · h Bᵀ or scale · h A. Neighbouring programs read the same weights, so
-that these come from memory once.
+With LOW each adds a low-rank term, h Bᵀ or h A, to the same sums. Neighbouring programs read the same
+weights, so that these come from memory once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _tile(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def matvec(  # type: ignore[no-untyped-def]
-    x, codes, absmax, table, nested, offset, levels, bias, h, b, out, n, k, half, stride, rank, scale,
+    x, codes, absmax, table, nested, offset, levels, bias, h, b, out, n, k, half, stride, rank,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ODD: tl.constexpr, BIAS: tl.constexpr,
     LOW: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def matvec(  # type: ignore[no-untyped-def]
             left = tl.load(b + row[:, None] * rank + term[None, :], mask=mask, other=0.0)
             right = tl.load(h + line * rank + term, mask=term < rank, other=0.0)
             low += tl.sum(left.to(tl.float32) * right.to(tl.float32)[None, :], axis=1)
-        y += scale * low
+        y += low
     if BIAS:
         y += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)
     tl.store(out + line * n + row, rounded(y, dtype), mask=row < n)
@@ -69,7 +69,7 @@ def matvec(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def forward(  # type: ignore[no-untyped-def]
     x, codes, absmax, table, nested, offset, levels, bias, h, b, out, m, n, k, half, stride, rank,
-    scale, span, BLOCK: tl.constexpr, NESTED: tl.constexpr, ODD: tl.constexpr, BIAS: tl.constexpr,
+    span, BLOCK: tl.constexpr, NESTED: tl.constexpr, ODD: tl.constexpr, BIAS: tl.constexpr,
     LOW: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of x Wᵀ, computed as W xᵀ, so that the weights go from registers into the product.
@@ -92,15 +92,13 @@ def forward(  # type: ignore[no-untyped-def]
         acc = dot(w, part, acc)
     if split == 0:
         if LOW:
-            low = tl.zeros((BN, BM), tl.float32)
             for begin in range(0, rank, BR):
                 term = begin + tl.arange(0, BR)
                 mask = (row < n)[:, None] & (term < rank)[None, :]
                 left = tl.load(b + row[:, None] * rank + term[None, :], mask=mask, other=0.0)
                 mask = (term < rank)[:, None] & (line < m)[None, :]
                 right = tl.load(h + line[None, :] * rank + term[:, None], mask=mask, other=0.0)
-                low = dot(left, right, low)
-            acc += scale * low
+                acc = dot(left, right, acc)
         if BIAS:
             acc += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
     target = out + split.to(tl.int64) * m * n + line[None, :] * n + row[:, None]
@@ -110,11 +108,11 @@ def forward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def backward(  # type: ignore[no-untyped-def]
-    g, codes, absmax, table, nested, offset, levels, h, a, out, m, n, k, half, rank, scale,
+    g, codes, absmax, table, nested, offset, levels, h, a, out, m, n, k, half, rank,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ODD: tl.constexpr,
     LOW: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BM, BK] of g W + scale · h A."""
+    """A tile [BM, BK] of g W + h A."""
     dtype = g.dtype.element_ty
     line = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     first = tl.program_id(1) * BK
@@ -130,14 +128,12 @@ def backward(  # type: ignore[no-untyped-def]
         part = tl.load(g + line[:, None] * n + row[None, :], mask=mask, other=0.0)
         acc = dot(part, w, acc)
     if LOW:
-        low = tl.zeros((BM, BK), tl.float32)
         for begin in range(0, rank, BR):
             term = begin + tl.arange(0, BR)
             mask = (line < m)[:, None] & (term < rank)[None, :]
             left = tl.load(h + line[:, None] * rank + term[None, :], mask=mask, other=0.0)
             mask = (term < rank)[:, None] & (column < k)[None, :]
             right = tl.load(a + term.to(tl.int64)[:, None] * k + column[None, :], mask=mask, other=0.0)
-            low = dot(left, right, low)
-        acc += scale * low
+            acc = dot(left, right, acc)
     mask = (line < m)[:, None] & (column < k)[None, :]
     tl.store(out + line[:, None] * k + column[None, :], rounded(acc, dtype), mask=mask)

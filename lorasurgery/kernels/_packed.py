@@ -128,7 +128,20 @@ def tiles(m: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16 if m <= 16 else 32, 64, 32, 4, 2)
     if m <= 16:
         return Tiles(16, 64, 128, 4, 3)
-    return Tiles(64, 128, 64, 4, 3) if m <= 64 else Tiles(128, 128, 64, 8, 3)
+    if m <= 64:
+        return Tiles(64, 64, 64, 4, 3)
+    return Tiles(128, 128, 64, 8, 3) if _roomy() else Tiles(64, 128, 64, 8, 3)
+
+
+def _roomy() -> bool:
+    """Whether a tile of 128 x 128 leaves registers for unpacking: not where one warp multiplies (Ampere)."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret:
+        return True
+    target = driver.active.get_current_target()
+    return target.backend != "cuda" or target.arch >= 90
 
 
 @cache
