@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasurgery.errors import UsageError
+from lorasurgery.kernels import grouped_lora as grouped
 from lorasurgery.kernels import lora_linear as lora
 from lorasurgery.kernels import nf4_linear as linear
 from lorasurgery.kernels._packed import Packed
@@ -117,3 +119,45 @@ def _lora_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 lora_linear.register_autograd(_lora_gradients, setup_context=_keep_lora)
+
+
+def _grouped_lora(x: Tensor, *args: Any) -> Tensor:
+    y: Tensor = dispatch(grouped.cpu, grouped.launch, x, *args)
+    return y
+
+
+grouped_lora = torch.library.custom_op(
+    "lorasurgery::grouped_lora", _grouped_lora, mutates_args=(),
+    schema="(Tensor x, Tensor adapter, Tensor pool, Tensor starts, Tensor scales, Tensor a_pages, "
+    "Tensor b_pages, int rank, int out, Tensor? base) -> Tensor",
+)  # fmt: skip
+
+
+@grouped_lora.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], args[7])
+
+
+def _keep_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, *index, ctx.rank, _, _ = inputs
+    ctx.k = x.shape[1]
+    if ctx.needs_input_grad[2]:
+        raise UsageError(
+            "grouped_lora: the pool asks for a gradient, but only x and base have one. "
+            "Detach it, and train an adapter by lora_linear."
+        )
+    ctx.save_for_backward(*index)
+
+
+def _grouped_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    # the same sums with the factors' parts exchanged: u = s · g B, and then u A
+    adapter, pool, starts, scales, a_pages, b_pages = ctx.saved_tensors
+    gx = None
+    if ctx.needs_input_grad[0]:
+        pages = adapter, pool, starts, scales, b_pages, a_pages
+        gx = grouped_lora(g, *pages, ctx.rank, ctx.k, None)
+    base = g.clone() if ctx.needs_input_grad[9] else None
+    return gx, *(None,) * 8, base
+
+
+grouped_lora.register_autograd(_grouped_gradients, setup_context=_keep_grouped)
