@@ -85,7 +85,9 @@ def test_tolerance_would_not_hide_a_part_that_is_missing(name):
     x = args[0].clone()
     x[:, 3] = 0
     missing = kernel.reference(x, *args[1:]) - kernel.reference(*args)
-    assert float((missing.abs() > kernel.tolerance(*args)).float().mean()) > 0.5, label
+    seen = (missing.abs() > kernel.tolerance(*args))[missing != 0]
+    assert len(seen) > 100, label
+    assert float(seen.float().mean()) > 0.9, label
 
 
 # --- gradients
@@ -230,7 +232,9 @@ def test_compiled_graph_holds_the_operator_whole_and_gives_the_same(name):
 
 
 def far(count, dtype):
-    """Zeros, of which only the pages that are written take memory."""
+    """Zeros; on a CPU only the pages that are written take memory."""
+    if DEVICE == "cuda":
+        return torch.zeros(count, dtype=dtype, device=DEVICE)
     size = count * torch.empty(0, dtype=dtype).element_size()
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
 
@@ -249,23 +253,21 @@ def _take(codes, absmax, table, rows, out, n, k, half, ODD: tl.constexpr, BLOCK:
     tl.store(out + tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :], w)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="mapped memory is the host's")
 @pytest.mark.parametrize("odd", [False, True])
 def test_weights_beyond_four_billion_are_found(odd):
     k, block = (1 << 20, 64) if not odd else ((1 << 20) + 32, 64)
     n = 4200  # n · k / 2 is more than 2^31 bytes
     codes, absmax = far(n * k // 2, torch.uint8), far(n * k // block, torch.float32)
-    rows, out = torch.tensor([4198, 4099]), torch.zeros(2, 64)
+    rows, out = torch.tensor([4198, 4099], device=DEVICE), torch.zeros(2, 64, device=DEVICE)
     for i, row in enumerate(rows.tolist()):
         start = row * k
         codes[start // 2 : start // 2 + 32] = 0xF0 if i else 0x0F
         absmax[start // block : start // block + 2] = i + 2
-    _take[(1,)](codes, absmax, TABLE, rows, out, n, k, k // 2, ODD=odd, BLOCK=block)
+    _take[(1,)](codes, absmax, TABLE.to(DEVICE), rows, out, n, k, k // 2, ODD=odd, BLOCK=block)
     want = torch.tensor([[-2.0, 2.0], [3.0, -3.0]]).repeat(1, 32)
     torch.testing.assert_close(out, want, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="mapped memory is the host's")
 def test_pages_and_rows_beyond_two_billion_elements_are_found():
     page, stride = 1 << 12, 1 << 20
     pool = far((1 << 31) + 4 * page, torch.float16).view(-1, page)
@@ -273,12 +275,12 @@ def test_pages_and_rows_beyond_two_billion_elements_are_found():
     x.fill_(0.5)
     last = len(pool) - 1
     pool[last, :64], pool[last - 1, :24] = 0.25, 2.0
-    starts, scales = torch.tensor([0, 1]).int(), torch.ones(1)
-    pages = [torch.tensor([[p]]).int() for p in (last, last - 1)]
-    adapter = torch.zeros(3).int()
+    starts, scales = torch.tensor([0, 1], device=DEVICE).int(), torch.ones(1, device=DEVICE)
+    pages = [torch.tensor([[p]], device=DEVICE).int() for p in (last, last - 1)]
+    adapter = torch.zeros(3, device=DEVICE).int()
     p = grouped_lora.Pages(pool, starts, scales, *pages, 1, 24)
     for by in (_grouped_launch.by_rows, _grouped_launch.by_tiles):
-        torch.testing.assert_close(by(x, adapter, p, None), torch.full((3, 24), 16.0).half())
+        torch.testing.assert_close(by(x, adapter, p, None).cpu(), torch.full((3, 24), 16.0).half())
 
 
 # --- what is refused

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,14 @@ class Packed:
         return self.nested is not None
 
 
+class _Facts(NamedTuple):
+    """What is checked of scales, for those that are nested: as they decode."""
+
+    shape: tuple[int, ...]
+    ndim: int
+    dtype: str
+
+
 def check(x: Any, w: Packed, bias: Any, kernel: str) -> None:
     """Raises ShapeError unless x [m, k] goes with the weight and the bias."""
     kinds = [dtype_name(t.dtype) for t in (x, *([] if bias is None else [bias]))]
@@ -69,7 +77,7 @@ def check(x: Any, w: Packed, bias: Any, kernel: str) -> None:
                 f"in {dtype_name(w.nested.dtype)} {list(w.nested.shape)}, but uint8 [n], float32 "
                 f"[ceil(n / {SECOND})] and an offset are needed. Check the quantization state."
             )
-        scales = np.broadcast_to(np.float32(0), w.absmax.shape)
+        scales = _Facts(w.absmax.shape, w.absmax.ndim, "float32")
     nf4_dequantize.check(w.rows * x.shape[1], w.codes, scales, w.block, kernel)
 
 
