@@ -68,11 +68,12 @@ class Code:
     """What the compiler made of a call for a chip."""
 
     registers: int
-    spills: int
+    spills: int  # stores of registers to memory
     shared: int
     warps: int
     matrix: str  # the instruction of the matrix units, or ''
-    wide: int  # bits of the widest load from memory
+    wide: int  # bits of the widest load from memory, in the machine code
+    packed: int  # bits of the narrowest load of codes that a thread makes, 0 without codes
     occupancy: float  # threads that a multiprocessor holds, over those that it could hold
 
 
@@ -108,8 +109,9 @@ def recording() -> Iterator[list[Call]]:
         triton.JITFunction.run = run
 
 
-def recorded(launch: Callable[[], object]) -> list[Call]:
-    """The launches that a function makes."""
+def recorded(launch: Callable[[], object], chip: Chip) -> list[Call]:
+    """The launches that a function makes where this chip is."""
+    driver.set_active(_Absent(CHIPS.index(chip)))
     with recording() as calls:
         launch()
     return calls
@@ -120,33 +122,43 @@ def compiled(call: Call, chip: Chip) -> Code:
     driver.set_active(_Absent(CHIPS.index(chip)))
     done = call.kernel.run(*call.args, grid=call.grid, warmup=True, **call.options)
     shared, warps = done.metadata.shared, done.metadata.num_warps
+    packed = _packed(done.asm["ttgir"])
     if chip.target.backend == "hip":
-        return _amd(done.asm["amdgcn"], shared, warps, chip)
+        return _amd(done.asm["amdgcn"], shared, warps, chip, packed)
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     usage = usage[usage.index(done.metadata.name) :]
-    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    # the stack also serves calls, as of a division: what is spilled is stored to local memory
+    spills = len(re.findall(r"\bSTL\b", code))
     # UTC*MMA is tcgen05's, HGMMA Hopper's wgmma, HMMA the one of a warp
     matrix = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
     loads = [32, *map(int, re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", code))]
-    return _code(found["REG"], found["STACK"] + found["LOCAL"], shared, warps, chip, matrix, loads)
+    return _code(registers, spills, shared, warps, chip, matrix, loads, packed)
 
 
-def _amd(text: str, shared: int, warps: int, chip: Chip) -> Code:
+def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
     def value(key: str) -> int:
         return max(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
 
     loads = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
     matrix = re.findall(r"\bv_(mfma)_", text)
-    spills = 4 * value("vgpr_spill_count") + value("private_segment_fixed_size")
-    return _code(value("vgpr_count"), spills, shared, warps, chip, matrix, [32, *loads])
+    spills = value("vgpr_spill_count")
+    return _code(value("vgpr_count"), spills, shared, warps, chip, matrix, [32, *loads], packed)
 
 
 def _code(
-    registers: int, spills: int, shared: int, warps: int, chip: Chip, matrix: Any, loads: Any
+    registers: int,
+    spills: int,
+    shared: int,
+    warps: int,
+    chip: Chip,
+    matrix: Any,
+    loads: Any,
+    packed: int,
 ) -> Code:
     width = chip.target.warp_size
     # registers are handed out by 8 to a thread, to whole warps
@@ -156,7 +168,17 @@ def _code(
         programs = min(programs, chip.shared_all // (shared + 1024))
     occupancy = programs * warps * width / chip.threads
     kind = max(set(matrix), key=matrix.count) if matrix else ""
-    return Code(registers, spills, shared, warps, kind, max(loads), occupancy)
+    return Code(registers, spills, shared, warps, kind, max(loads), packed, occupancy)
+
+
+def _packed(text: str) -> int:
+    """Bits of codes that lie together in a thread, by the layouts of all loads of `packed`."""
+    layouts = dict(re.findall(r"^(#blocked\d*) = .*?sizePerThread = \[([\d, ]+)\]", text, re.M))
+    loads = re.findall(
+        r"%packed\S* = (?:tt\.load|ttg\.async_copy_global_to_local|amdg\.buffer_load) .*?"
+        r"(?:ptr<i8>|xi8), (#blocked\d*)>", text,
+    )  # fmt: skip
+    return 8 * min((int(layouts[name].split(",")[-1]) for name in loads), default=0)
 
 
 def _tool(name: str, *args: str) -> str:

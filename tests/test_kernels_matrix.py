@@ -101,7 +101,9 @@ def leaves(*tensors):
 def test_definitions_pass_gradcheck(double):
     w = packed(5, 12, 4, double=double)
     rng = torch.Generator().manual_seed(1)
-    draw = [torch.randn(s, generator=rng, dtype=torch.float64) for s in ((3, 12), (2, 12), (5, 2), (5,))]
+    draw = [
+        torch.randn(s, generator=rng, dtype=torch.float64) for s in ((3, 12), (2, 12), (5, 2), (5,))
+    ]
     x, a, b, bias = leaves(*draw)
     args = w.codes, w.absmax.double() if not double else w.absmax, w.block, w.rows, w.table.double()
     assert torch.autograd.gradcheck(
@@ -117,7 +119,9 @@ def test_definition_of_grouped_lora_passes_gradcheck():
     rng = torch.Generator().manual_seed(2)
     pool, *index = grouped_lora.scatter((2, 0, 3), (6, 5, 4), torch.float64, rng)
     adapter = torch.tensor([0, 2, -1, 2], dtype=torch.int32)
-    x, base = leaves(torch.randn(4, 6, generator=rng).double(), torch.randn(4, 5, generator=rng).double())
+    x, base = leaves(
+        torch.randn(4, 6, generator=rng).double(), torch.randn(4, 5, generator=rng).double()
+    )
     index[1] = index[1].double()
     assert torch.autograd.gradcheck(
         lambda x, base: grouped_lora.reference(x, adapter, pool, *index, base), (x, base)
@@ -128,7 +132,9 @@ def test_definition_of_grouped_lora_passes_gradcheck():
 @pytest.mark.parametrize("rank", [1, 7, 33])
 def test_gradients_of_the_operator_are_those_of_the_definition(dtype, rank):
     w, rng = packed(36, 96, double=rank == 7), torch.Generator().manual_seed(rank)
-    draw = [torch.randn(s, generator=rng) / 4 for s in ((5, 96), (rank, 96), (36, rank), (36,), (5, 36))]
+    draw = [
+        torch.randn(s, generator=rng) / 4 for s in ((5, 96), (rank, 96), (36, rank), (36,), (5, 36))
+    ]
     x, a, b, bias, g = (t.to(dtype) for t in draw)
     args = w.codes, w.absmax, w.block, w.rows, w.table
     found = []
@@ -144,7 +150,9 @@ def test_gradients_of_the_operator_are_those_of_the_definition(dtype, rank):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("m", "n", "k", "block"), [(1, 70, 96, 32), (70, 40, 130, 64), (17, 33, 63, 64)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "block"), [(1, 70, 96, 32), (70, 40, 130, 64), (17, 33, 63, 64)]
+)
 def test_triton_s_gradient_for_x_is_g_w_and_the_low_rank_term(dtype, m, n, k, block):
     w, rng = packed(n, k, block), torch.Generator().manual_seed(m)
     g, h, a = (torch.randn(s, generator=rng).to(dtype) for s in ((m, n), (m, 7), (7, k)))
@@ -196,10 +204,15 @@ def test_backward_keeps_the_packed_weight_and_no_dense_one():
 def samples():
     rng = torch.Generator().manual_seed(5)
     w = packed(6, 32, 32, double=True)
-    x, a, b, bias = leaves(*(torch.randn(s, generator=rng) for s in ((3, 32), (2, 32), (6, 2), (6,))))
+    x, a, b, bias = leaves(
+        *(torch.randn(s, generator=rng) for s in ((3, 32), (2, 32), (6, 2), (6,)))
+    )
     args = w.codes, w.absmax, w.block, w.rows, w.table
     pages = grouped_lora.scatter((2, 3), (32, 6, 8), torch.float32, rng)
-    adapter, base = torch.tensor([1, -1, 0], dtype=torch.int32), torch.randn(3, 6, requires_grad=True)
+    adapter, base = (
+        torch.tensor([1, -1, 0], dtype=torch.int32),
+        torch.randn(3, 6, requires_grad=True),
+    )
     return {
         "nf4_linear": (x, *args, bias, w.nested, w.offset),
         "lora_linear": (x, *args, a, b, 0.5, bias, w.nested, w.offset),

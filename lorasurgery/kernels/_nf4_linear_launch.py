@@ -31,17 +31,18 @@ def forward(x: Tensor, w: Packed, bias: Tensor | None, low: LowRank | None) -> T
     constants = {**layout(w, k), "BIAS": bias is not None, **_low(rank)}
     before = x, *pointers(w), x if bias is None else bias.contiguous(), h, b
     if m <= FEW:
-        kernels.matvec[(m, -(-n // 4))](
+        kernels.matvec[(m, -(-n // 8))](
             *before, out, n, k, k // 2, x.stride(0), rank,
-            **constants, BN=4, BK=1024, PART=PART, num_warps=4,
+            **constants, BN=8, BK=1024, PART=PART, num_warps=4,
         )  # fmt: skip
         return out
     tile = tiles(m, x.dtype)
     grid = -(-m // tile.m), -(-n // tile.n)
     # whole steps of each program, and no more programs than steps
     splits = max(1, min(PROGRAMS // (grid[0] * grid[1]), k // tile.k, 16))
-    span = -(-k // (splits * tile.k)) * tile.k
-    splits = -(-k // span)
+    steps = -(-k // tile.k)
+    span = -(-steps // splits)
+    splits = -(-steps // span)
     sums = out if splits == 1 else torch.empty(splits, m, n, device=x.device)
     kernels.forward[(*grid, splits)](
         *before, sums, m, n, k, k // 2, x.stride(0), rank, span,

@@ -14,18 +14,18 @@ from lorasurgery.kernels._tile_triton import dot, odd_weights, rounded, weights
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _tile(  # type: ignore[no-untyped-def]
-    codes, absmax, table, nested, offset, levels, row, first, n, k, half, dtype: tl.constexpr,
+    codes, absmax, table, nested, offset, levels, row, step, n, k, half, dtype: tl.constexpr,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ODD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if ODD:
         w = odd_weights(
-            codes, absmax, table, nested, offset, levels, row, first, n, k,
+            codes, absmax, table, nested, offset, levels, row, step, n, k,
             BLOCK, NESTED, COLUMNS,
         )  # fmt: skip
     else:
         w = weights(
-            codes, absmax, table, nested, offset, levels, row, first, n, half,
+            codes, absmax, table, nested, offset, levels, row, step, n, half,
             BLOCK, NESTED, ROWS, COLUMNS,
         )  # fmt: skip
     return rounded(w, dtype)
@@ -42,12 +42,12 @@ def matvec(  # type: ignore[no-untyped-def]
     line = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     sums = tl.zeros((BN, BK // PART), tl.float32)
-    for first in range(0, k, BK):
+    for step in range(0, tl.cdiv(k, BK)):
         w = _tile(
-            codes, absmax, table, nested, offset, levels, row, first, n, k, half, dtype,
+            codes, absmax, table, nested, offset, levels, row, step, n, k, half, dtype,
             BLOCK, NESTED, ODD, BN, BK,
         )  # fmt: skip
-        column = first + tl.arange(0, BK)
+        column = step * BK + tl.arange(0, BK)
         part = tl.load(x + line * stride + column, mask=column < k, other=0.0).to(tl.float32)
         terms = w.to(tl.float32) * part[None, :]
         sums += tl.sum(tl.reshape(terms, (BN, BK // PART, PART)), axis=2)
@@ -74,19 +74,19 @@ def forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A tile of x Wᵀ, computed as W xᵀ, so that the weights go from registers into the product.
 
-    Programs along the last axis of the grid take `span` columns of W each, and leave sums to be added.
+    Programs along the last axis of the grid take `span` steps of BK columns of W each, and leave sums to be added.
     """
     dtype = x.dtype.element_ty
     line = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     row = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     split = tl.program_id(2)
     acc = tl.zeros((BN, BM), tl.float32)
-    for first in range(split * span, tl.minimum(k, split * span + span), BK):
+    for step in range(split * span, tl.minimum(tl.cdiv(k, BK), split * span + span)):
         w = _tile(
-            codes, absmax, table, nested, offset, levels, row, first, n, k, half, dtype,
+            codes, absmax, table, nested, offset, levels, row, step, n, k, half, dtype,
             BLOCK, NESTED, ODD, BN, BK,
         )  # fmt: skip
-        column = first + tl.arange(0, BK)
+        column = step * BK + tl.arange(0, BK)
         mask = (column < k)[:, None] & (line < m)[None, :]
         part = tl.load(x + line[None, :] * stride + column[:, None], mask=mask, other=0.0)
         acc = dot(w, part, acc)
@@ -115,13 +115,13 @@ def backward(  # type: ignore[no-untyped-def]
     """A tile [BM, BK] of g W + h A."""
     dtype = g.dtype.element_ty
     line = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
-    first = tl.program_id(1) * BK
-    column = first + tl.arange(0, BK)
+    step = tl.program_id(1)
+    column = step * BK + tl.arange(0, BK)
     acc = tl.zeros((BM, BK), tl.float32)
     for start in range(0, n, BN):
         row = start + tl.arange(0, BN)
         w = _tile(
-            codes, absmax, table, nested, offset, levels, row.to(tl.int64), first, n, k, half,
+            codes, absmax, table, nested, offset, levels, row.to(tl.int64), step, n, k, half,
             dtype, BLOCK, NESTED, ODD, BN, BK,
         )  # fmt: skip
         mask = (line < m)[:, None] & (row < n)[None, :]
@@ -133,7 +133,9 @@ def backward(  # type: ignore[no-untyped-def]
             mask = (line < m)[:, None] & (term < rank)[None, :]
             left = tl.load(h + line[:, None] * rank + term[None, :], mask=mask, other=0.0)
             mask = (term < rank)[:, None] & (column < k)[None, :]
-            right = tl.load(a + term.to(tl.int64)[:, None] * k + column[None, :], mask=mask, other=0.0)
+            right = tl.load(
+                a + term.to(tl.int64)[:, None] * k + column[None, :], mask=mask, other=0.0
+            )
             acc = dot(left, right, acc)
     mask = (line < m)[:, None] & (column < k)[None, :]
     tl.store(out + line[:, None] * k + column[None, :], rounded(acc, dtype), mask=mask)

@@ -46,14 +46,15 @@ def _scales(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def weights(  # type: ignore[no-untyped-def]
-    codes, absmax, table, nested, offset, levels, row, first, n, half,
+    codes, absmax, table, nested, offset, levels, row, step, n, half,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, COLUMNS] of a weight [n, 2 · half] whose rows are whole blocks.
 
-    `row` is int64 [ROWS]; `first`, the first column, is a multiple of COLUMNS.
+    `row` is int64 [ROWS]; columns begin at step · COLUMNS, and so the compiler sees their alignment.
     """
-    byte = first // 2 + tl.arange(0, COLUMNS // 2)  # [COLUMNS / 2]
+    byte = step * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)  # [COLUMNS / 2]
+    first = step * COLUMNS
     mask = (row < n)[:, None] & (byte < half)[None, :]
     packed = tl.load(codes + row[:, None] * half + byte[None, :], mask=mask, other=0).to(tl.int32)
     w = tl.interleave(tl.load(table + (packed >> 4)), tl.load(table + (packed & 15)))
@@ -75,11 +76,11 @@ def weights(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def odd_weights(  # type: ignore[no-untyped-def]
-    codes, absmax, table, nested, offset, levels, row, first, n, k,
+    codes, absmax, table, nested, offset, levels, row, step, n, k,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The same where blocks run across the ends of rows, even bytes may: weight by weight."""
-    column = first + tl.arange(0, COLUMNS)
+    column = step * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < n)[:, None] & (column < k)[None, :]
     index = row[:, None] * k + column[None, :]
     packed = tl.load(codes + index // 2, mask=mask, other=0).to(tl.int32)

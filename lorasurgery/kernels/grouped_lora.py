@@ -124,8 +124,16 @@ def cpu(
     for i in np.unique(adapter[(adapter >= 0) & (adapter < len(scales))]):
         rows, span = np.flatnonzero(adapter == i), slice(starts[i], starts[i + 1])
         r = int(starts[i + 1] - starts[i])
-        a = pool[a_pages[span]].reshape(r, a_pages.shape[1] * pool.shape[1])[:, : x.shape[1]].astype(np.float32)
-        b = pool[b_pages[span]].reshape(r, b_pages.shape[1] * pool.shape[1])[:, :out].astype(np.float32)
+        a = (
+            pool[a_pages[span]]
+            .reshape(r, a_pages.shape[1] * pool.shape[1])[:, : x.shape[1]]
+            .astype(np.float32)
+        )
+        b = (
+            pool[b_pages[span]]
+            .reshape(r, b_pages.shape[1] * pool.shape[1])[:, :out]
+            .astype(np.float32)
+        )
         h = (scales[i] * (x[rows].astype(np.float32) @ a.T)).astype(x.dtype)
         y[rows] += h.astype(np.float32) @ b
     return y.astype(x.dtype)

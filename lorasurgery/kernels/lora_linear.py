@@ -67,7 +67,9 @@ def reference(
     offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula above in plain torch; float64 in, float64 out."""
-    w = _packed.dense(Packed(codes, absmax, block, rows, table, nested, offset), x.shape[1], x.dtype)
+    w = _packed.dense(
+        Packed(codes, absmax, block, rows, table, nested, offset), x.shape[1], x.dtype
+    )
     h = (scale * (wide(x) @ wide(a.to(x.dtype)).T)).to(x.dtype)
     y = wide(x) @ wide(w).T + wide(h) @ wide(b.to(x.dtype)).T
     return (y if bias is None else y + wide(bias)).to(x.dtype)
@@ -134,7 +136,9 @@ def tolerance(x: Tensor, *args: Any) -> Tensor:
     """
     import torch
 
-    codes, absmax, block, rows, table, a, b, scale, bias, nested, offset = (*args, *(None,) * 3)[:11]
+    codes, absmax, block, rows, table, a, b, scale, bias, nested, offset = (*args, *(None,) * 3)[
+        :11
+    ]
     w = Packed(codes, absmax, block, rows, table, nested, offset)
     weight = _packed.dense(w, x.shape[1], torch.float64).abs()
     size, eps = x.double().abs(), torch.finfo(x.dtype).eps

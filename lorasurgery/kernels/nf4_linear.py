@@ -54,7 +54,9 @@ def reference(
     bias: Tensor | None = None, nested: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula above in plain torch; float64 in, float64 out."""
-    w = _packed.dense(Packed(codes, absmax, block, rows, table, nested, offset), x.shape[1], x.dtype)
+    w = _packed.dense(
+        Packed(codes, absmax, block, rows, table, nested, offset), x.shape[1], x.dtype
+    )
     y = wide(x) @ wide(w).T
     return (y if bias is None else y + wide(bias)).to(x.dtype)
 
