@@ -137,7 +137,8 @@ def compiled(call: Call, chip: Chip) -> Code:
     # UTC*MMA is tcgen05's, HGMMA Hopper's wgmma, HMMA the one of a warp
     matrix = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
     loads = [32, *map(int, re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", code))]
-    return _code(registers, spills, shared, warps, chip, matrix, loads, packed)
+    share = _occupancy(registers, shared, warps, chip)
+    return Code(registers, spills, shared, warps, _most(matrix), max(loads), packed, share)
 
 
 def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
@@ -147,33 +148,30 @@ def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
     loads = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
     matrix = re.findall(r"\bv_(mfma)_", text)
     spills = value("vgpr_spill_count")
-    return _code(value("vgpr_count"), spills, shared, warps, chip, matrix, [32, *loads], packed)
+    registers = value("vgpr_count")
+    share = _occupancy(registers, shared, warps, chip)
+    return Code(registers, spills, shared, warps, _most(matrix), max([32, *loads]), packed, share)
 
 
-def _code(
-    registers: int,
-    spills: int,
-    shared: int,
-    warps: int,
-    chip: Chip,
-    matrix: Any,
-    loads: Any,
-    packed: int,
-) -> Code:
-    width = chip.target.warp_size
+def _occupancy(registers: int, shared: int, warps: int, chip: Chip) -> float:
     # registers are handed out by 8 to a thread, to whole warps
+    width = chip.target.warp_size
     per_program = -(-registers // 8) * 8 * warps * width
     programs = min(chip.registers // per_program, chip.threads // (warps * width), 32)
     if shared:
-        programs = min(programs, chip.shared_all // (shared + 1024))
-    occupancy = programs * warps * width / chip.threads
-    kind = max(set(matrix), key=matrix.count) if matrix else ""
-    return Code(registers, spills, shared, warps, kind, max(loads), packed, occupancy)
+        programs = min(programs, chip.shared_all // shared)
+    return float(programs * warps * width / chip.threads)
+
+
+def _most(names: list[str]) -> str:
+    return max(set(names), key=names.count) if names else ""
 
 
 def _packed(text: str) -> int:
     """Bits of codes that lie together in a thread, by the layouts of all loads of `packed`."""
-    layouts = dict(re.findall(r"^(#blocked\d*) = .*?sizePerThread = \[([\d, ]+)\]", text, re.M))
+    layouts = dict(
+        re.findall(r"^(#blocked\d*) = .*?sizePerThread = \[([\d, ]+)\]", text, re.MULTILINE)
+    )
     loads = re.findall(
         r"%packed\S* = (?:tt\.load|ttg\.async_copy_global_to_local|amdg\.buffer_load) .*?"
         r"(?:ptr<i8>|xi8), (#blocked\d*)>", text,

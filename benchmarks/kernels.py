@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -173,9 +172,9 @@ def operations(function: str, given: dict[str, Any]) -> float:
     if function in ("matvec", "forward", "backward"):
         first = given["g" if function == "backward" else "x"]
         rank = given["rank"]
-        return 2.0 * first.shape[0] * (given["n"] * given["k"] + rank * given["n"])
+        return float(2 * first.shape[0] * (given["n"] * given["k"] + rank * given["n"]))
     if function in HALVES:
-        return 2.0 * given["h"].numel() * given["k" if "shrink" in function else "n"]
+        return float(2 * given["h"].numel() * given["k" if "shrink" in function else "n"])
     return 0.0
 
 
@@ -216,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -81,7 +81,7 @@ def test_every_form_is_within_rounding_of_the_definition(name):
 @pytest.mark.parametrize("name", MATRIX)
 def test_tolerance_would_not_hide_a_part_that_is_missing(name):
     kernel, inputs = cases(name)
-    label, args = next((c for c in inputs if c[1][0].dtype == torch.float32 and len(c[1][0]) > 2))
+    label, args = next(c for c in inputs if c[1][0].dtype == torch.float32 and len(c[1][0]) > 2)
     x = args[0].clone()
     x[:, 3] = 0
     missing = kernel.reference(x, *args[1:]) - kernel.reference(*args)

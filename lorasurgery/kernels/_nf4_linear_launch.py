@@ -33,10 +33,10 @@ def forward(x: Tensor, w: Packed, bias: Tensor | None, low: LowRank | None) -> T
     if m <= FEW:
         kernels.matvec[(m, -(-n // 8))](
             *before, out, n, k, k // 2, x.stride(0), rank,
-            **constants, BN=8, BK=1024, PART=PART, num_warps=4,
+            **constants, BN=8, BK=256 if k % w.block else 1024, PART=PART, num_warps=4,
         )  # fmt: skip
         return out
-    tile = tiles(m, x.dtype)
+    tile = tiles(m, x.dtype, k % w.block != 0)
     grid = -(-m // tile.m), -(-n // tile.n)
     # whole steps of each program, and no more programs than steps
     splits = max(1, min(PROGRAMS // (grid[0] * grid[1]), k // tile.k, 16))
@@ -62,7 +62,7 @@ def backward(g: Tensor, k: int, w: Packed, low: LowRank | None) -> Tensor:
         return out
     h, a = low or (g, g)
     rank = h.shape[1] if low else 0
-    tile = tiles(m, g.dtype)
+    tile = tiles(m, g.dtype, k % w.block != 0)
     # a tile of the result is tile.m wide, and its sums go tile.k rows of W at a time
     blocks = {**tile.blocks(), "BN": tile.k, "BK": tile.n}
     kernels.backward[(-(-m // tile.m), -(-k // tile.n))](

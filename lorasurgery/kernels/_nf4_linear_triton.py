@@ -42,7 +42,7 @@ def matvec(  # type: ignore[no-untyped-def]
     line = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     sums = tl.zeros((BN, BK // PART), tl.float32)
-    for step in range(0, tl.cdiv(k, BK)):
+    for step in range(tl.cdiv(k, BK)):
         w = _tile(
             codes, absmax, table, nested, offset, levels, row, step, n, k, half, dtype,
             BLOCK, NESTED, ODD, BN, BK,

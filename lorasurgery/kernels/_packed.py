@@ -130,9 +130,10 @@ class Tiles:
         return dict(zip(names, (self.m, self.n, self.k, self.warps, self.stages), strict=True))
 
 
-def tiles(m: int, dtype: torch.dtype) -> Tiles:
+def tiles(m: int, dtype: torch.dtype, crossing: bool) -> Tiles:
     """The configuration for so many rows of x; few rows are bound by memory, many by arithmetic."""
-    if dtype_name(dtype) == "float32":
+    # weights that are found one by one need registers for their places
+    if crossing or dtype_name(dtype) == "float32":
         return Tiles(16 if m <= 16 else 32, 64, 32, 4, 2)
     if m <= 16:
         return Tiles(16, 64, 128, 4, 3)
@@ -149,7 +150,7 @@ def _roomy() -> bool:
     if knobs.runtime.interpret:
         return True
     target = driver.active.get_current_target()
-    return target.backend != "cuda" or target.arch >= 90
+    return bool(target.backend != "cuda" or target.arch >= 90)
 
 
 @cache
