@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
-from lorasurgery.dialects._peft_lora_config import STARTS
+from lorasurgery.dialects import _peft_lora_config as lora
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
 from lorasurgery.tensors import TensorInfo
@@ -76,7 +76,9 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are {several}, which PEFT has one flag for. Convert them to one "
             "of them."
         )
-    kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
+    # of another layout's or another type's settings, what LoRA has too
+    known = {*lora.READ, *lora.SILENT} - set(_DERIVED) if adapter.dialect == "peft" else set()
+    kept = {k: v for k, v in adapter.settings.items() if k in known}
     return {
         "task_type": None,
         "lora_dropout": 0.0,
@@ -96,7 +98,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
-        "init_lora_weights": next(iter(variants & set(STARTS)), True),
+        "init_lora_weights": next(iter(variants & set(lora.STARTS)), True),
     }
 
 
