@@ -1,8 +1,10 @@
-"""What the forms of LoHa, LoKr, OFT and IA3 refuse, and what the log of a merge cannot be undone without."""
+"""What the forms of LoHa, LoKr, OFT and IA3 refuse, and what needs peft installed."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ LOHA = {**TARGETS, "peft_type": "LOHA", "r": RANK, "alpha": 5}
 LOKR = {**TARGETS, "peft_type": "LOKR", "r": RANK, "alpha": 5}
 OFT = {**TARGETS, "peft_type": "OFT", "r": 0, "oft_block_size": 4, "peft_version": "0.18.0"}
 IA3 = {**TARGETS, "peft_type": "IA3", "r": None, "feedforward_modules": ["v_proj"]}
+
+
+HRA = {"peft_type": "HRA", "r": 4, "lora_alpha": None}
 
 
 def hada(module: str, **shapes: tuple[int, ...]) -> Arrays:
@@ -114,6 +119,26 @@ def test_an_oft_whose_series_ended_otherwise_is_refused(base: Path) -> None:
     assert refused(base, path) == (
         f"{path}: peft_version '0.17.1' with use_cayley_neumann: before 0.18 the series had another last "
         "term. Mend it, or leave it out with --allow-unmatched 'peft_version'."
+    )
+
+
+def test_without_peft_its_own_types_say_what_to_install(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    path = adapter(base.parent / "a", {f"{PREFIX}{Q}.hra_u": array(IN, 4)}, HRA)
+    assert refused(base, path, code=2) == (
+        "peft is not installed, whose own layers such adapters need. Run pip install "
+        "'lorasurgery[peft]'."
+    )
+
+
+def test_what_pefts_layer_does_not_take_is_refused(base: Path) -> None:
+    path = adapter(base.parent / "a", {f"{PREFIX}{Q}.hra_w": array(IN, 4)}, HRA)
+    key = f"{PREFIX}{Q}.hra"
+    assert refused(base, path) == (
+        f"{Q}: peft {version('peft')} and the adapter's file do not agree on {key}_u [12, 4], {key}_w [12, "
+        "4]. Merge it with the peft that wrote it."
     )
 
 

@@ -135,9 +135,10 @@ def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> 
     model = _adapted(w, config)
     own = f"{_PREFIX}{_module(config)}."
     given = {n[1:] if n[0] == "/" else own + n: f for n, f in factors.items()}
-    wanted = set(_peft().get_peft_model_state_dict(model))
-    if wanted != set(given):
-        odd = sorted(wanted ^ set(given))
+    wanted = {(key, t.shape) for key, t in _peft().get_peft_model_state_dict(model).items()}
+    found = {(key, t.shape) for key, t in given.items()}
+    if wanted != found:
+        odd = sorted({f"{key} {list(shape)}" for key, shape in wanted ^ found})
         raise MatchError(
             f"{_module(config)}: peft {_peft().__version__} and the adapter's file do not agree on "
             f"{', '.join(odd[:3])}. Merge it with the peft that wrote it."

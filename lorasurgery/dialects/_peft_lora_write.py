@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.dialects import _peft_lora_config as lora
-from lorasurgery.dialects._peft_lora_config import STARTS
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
 from lorasurgery.tensors import TensorInfo
@@ -99,7 +98,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
-        "init_lora_weights": next(iter(variants & set(STARTS)), True),
+        "init_lora_weights": next(iter(variants & set(lora.STARTS)), True),
     }
 
 

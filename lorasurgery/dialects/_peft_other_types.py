@@ -30,7 +30,7 @@ VARIANTS = ("peft_bridge",)
 # what each type keeps once for all modules, by the ends of its keys
 TYPES: Mapping[str, tuple[str, ...]] = {
     "BOFT": (), "HRA": (), "FOURIERFT": (), "MISS": (), "SHIRA": (), "HIRA": (), "C3A": (),
-    "DELORA": (), "GRALORA": (), "WAVEFT": (), "VBLORA": ("vblora_vector_bank",),
+    "DELORA": (), "GRALORA": (), "WAVEFT": (), "PSOFT": (), "PEANUT": (), "OSF": (), "DEFT": (), "VBLORA": ("vblora_vector_bank",),
 }  # fmt: skip
 
 
