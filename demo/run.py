@@ -116,8 +116,9 @@ def table(steps: Sequence[Step]) -> str:
 
 def ask(model: str) -> dict[str, str]:
     """The model's own words, through transformers."""
-    done = run((sys.executable, HERE / "answer.py", OUT / model, *QUESTIONS))
-    answers: dict[str, str] = json.loads(done.stdout)
+    generate = ("generate", OUT / model, *QUESTIONS, "--chat", "--tokens", "40", "--json")
+    done = run((sys.executable, "-m", "lorasurgery", *generate))
+    answers: dict[str, str] = json.loads(done.stdout)["answers"]
     return answers
 
 

@@ -31,7 +31,7 @@ IGNORED = -100  # cross_entropy's own sign for a position without a loss
 class Recipe:
     """How long and how fast to train."""
 
-    steps: int = 40
+    steps: int = 32
     batch: int = 4
     rate: float = 1e-3
     seed: int = 0

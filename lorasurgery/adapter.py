@@ -44,7 +44,8 @@ class Site:
     target_parameters; `factors` are facts, with the dtype that a dialect writes them in; `load` reads
     them as float32, W-side: A [r, in], B [out, r].
     `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'parameter' as it is
-    stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r].
+    stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r], 'channels' a
+    convolution's [out, in, ...] of which the factors know the channels alone.
     """
 
     module: str
@@ -57,6 +58,22 @@ class Site:
         int, ...
     ] = ()  # of a convolution, whose W [out, in, *kernel] is seen as [out, in]
     fan_in_fan_out: bool = False  # a hint that W is stored [in, out]; PEFT writes its last module's
+    # W's out and in, where they are not to be read off factors A and B; None: the factors do not tell
+    sides: tuple[int | None, int | None] = (None, None)
+    optional: bool = False  # does nothing to a base that has no such parameter
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """W's out and in, as far as the factors tell."""
+        if self.sides != (None, None):
+            return self.sides
+        return self.factors["B"].shape[-2], self.factors["A"].shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """How many matrices are stacked in W; 1 for a plain weight."""
+        a = self.factors.get("A")
+        return a.shape[0] if self.layout == "experts" and a else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +95,11 @@ class Adapter:
 
 
 class Variant(Protocol):
-    """What a module in adapters/ offers. W is [out, in]; all maths in float32."""
+    """What a module in adapters/ offers. W is [out, in]; all maths in float32.
+
+    A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
+    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row.
+    """
 
     @property
     def LINEAR_IN_W(self) -> bool: ...  # the delta is free of W, so unmerging subtracts it

@@ -6,7 +6,7 @@ added, with what rounding kept of it, and how it is taken out again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +18,11 @@ from lorasurgery.tensors import TensorInfo
 
 # W' [rows, columns], <W' - W, D>, ||D||², ||W' - W - D||²
 Merged: TypeAlias = tuple[Array, float, float, float]
+# rows start:stop of a weight, or of what is made of them
+Rows: TypeAlias = Callable[[int, int], Array]
+
+# from 128 KiB on, malloc would map and unmap each of the arrays that a few rows are made into
+_ELEMENTS = 16 << 10
 
 
 class Piece(Protocol):
@@ -71,6 +76,43 @@ class Given:
     def before(self, merged: Array, dtype: Any) -> Array:
         """What was added came of products that differ between machines, or of W: nothing is assumed."""
         return _none(merged).before(merged, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Rows start:stop of a change, each made when it is needed: `make` gives float32 [rows, columns]."""
+
+    make: Rows
+    start: int
+    stop: int
+    columns: int
+
+    def rows(self) -> Array:
+        made = np.empty((self.stop - self.start, self.columns), np.float32)
+        for part in self._parts():
+            made[part] = self._given(part).d
+        return made
+
+    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
+        merged = np.empty(w.shape, dtype)
+        sums = np.zeros(3)
+        for part in self._parts():
+            first = offset + part.start * self.columns
+            merged[part], *numbers = self._given(part).merge(w[part], dtype, seed, first)
+            sums += numbers
+        signal, power, noise2 = (float(number) for number in sums)
+        return merged, signal, power, noise2
+
+    def before(self, merged: Array, dtype: Any) -> Array:
+        """As Given's."""
+        return _none(merged).before(merged, dtype)
+
+    def _given(self, part: slice) -> Given:
+        return Given(self.make(self.start + part.start, self.start + part.stop))
+
+    def _parts(self) -> Iterator[slice]:
+        step, n = max(1, _ELEMENTS // max(1, self.columns)), self.stop - self.start
+        return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
 def _none(w: Array) -> Factors:
@@ -127,6 +169,15 @@ class Dense:
         """The most it can be."""
         return int(min(self.d.shape[1:]))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        n, rows, columns = self.d.shape
+        return n, rows, columns
+
+    def part(self, n: int, start: int, stop: int) -> Array:
+        """Rows start:stop of one matrix."""
+        return self.d[n, start:stop]
+
     def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Piece]]:
         """As LowRank's."""
         if len(self.d) == 1:
@@ -136,7 +187,33 @@ class Dense:
             yield slice(n - start, n - start + 1), Given(self.d[n])
 
 
-Change: TypeAlias = LowRank | Dense
+@dataclass(frozen=True, slots=True)
+class ByRows:
+    """The change of a tensor [rows, columns], each row of which is made of the weight's own row."""
+
+    make: Rows
+    rows: int
+    columns: int
+
+    @property
+    def rank(self) -> int:
+        """The most it can be."""
+        return min(self.rows, self.columns)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 1, self.rows, self.columns
+
+    def part(self, n: int, start: int, stop: int) -> Array:  # noqa: ARG002 - there is one matrix
+        """Rows start:stop."""
+        return self.make(start, min(stop, self.rows))
+
+    def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Piece]]:
+        """As LowRank's."""
+        yield slice(None), Made(self.make, start, min(stop, self.rows), self.columns)
+
+
+Change: TypeAlias = LowRank | Dense | ByRows
 
 
 def widened(w: Array) -> Array:

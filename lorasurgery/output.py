@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Output:
         self._made = [p for p in path.absolute().parents if not p.exists()]
         self._lock, self._journal = threading.Lock(), -1
         self._writers: list[Writer] = []
+        self._writeback = ThreadPoolExecutor(1, thread_name_prefix="writeback")
         self._ours = self._complete = False
         try:
             with writing(self.partial, "the output"):
@@ -75,7 +77,8 @@ class Output:
     def record(self, edit: str, entry: Mapping[str, Any], targets: Iterable[str]) -> None:
         """The edit's targets are complete: note it, so that a resumed run skips it."""
         for name in targets:
-            self._owner[name].start_writeback(name)
+            # the call waits while the disk's queue is full, which is no reason for a worker to wait
+            self._writeback.submit(self._owner[name].start_writeback, name)
         self._append({"edit": edit, **entry})
 
     def commit(self, files: Mapping[str, bytes | Path]) -> None:
@@ -187,6 +190,7 @@ class Output:
         return json.dumps(index, indent=2).encode() + b"\n"
 
     def _close_files(self, *, durable: bool = False) -> None:
+        self._writeback.shutdown(cancel_futures=True)
         writers, self._writers = self._writers, []
         for writer in writers:
             writer.close(durable=durable)

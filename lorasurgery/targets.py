@@ -16,7 +16,7 @@ from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
-    from lorasurgery.change import Change, LowRank
+    from lorasurgery.change import Change, LowRank, Rows
     from lorasurgery.model import Model
 
 
@@ -63,6 +63,26 @@ class Share:
         weighed: Array = delta * delta.dtype.type(self.weight)
         return weighed.transpose(0, 2, 1) if self.turned else weighed
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row of the change is made of the same row of the tensor."""
+        names = getattr(self.variant, "ROWS", ())
+        whole = self.part.expert is None and self.site.layout != "experts" and not self.turned
+        factors, rows = self.site.factors, self.info.shape[0] if self.info.shape else 1
+        return whole and bool(names) and all(factors[name].shape[0] == rows for name in names)
+
+    def some(self) -> Callable[[Array, int], Array]:
+        """What makes the change of a few rows, from them and the number of their first."""
+        variant, config, factors = self.variant, self.site.config, dict(self.site.load())
+        names = getattr(variant, "ROWS", ())
+
+        def make(w: Array, start: int) -> Array:
+            of = {n: f[start : start + len(w)] if n in names else f for n, f in factors.items()}
+            delta = variant.delta(w, of, config)
+            return delta if self.weight == 1.0 else delta * delta.dtype.type(self.weight)
+
+        return make
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -71,16 +91,16 @@ class Target:
     tensor: str
     shares: tuple[Share, ...]
 
-    def change(self, weight: Callable[[], Array] | None = None) -> Change:
+    def change(self, weight: Rows | None = None) -> Change:
         """What is added to the weight that `weight` reads.
 
         Low-rank shares lie side by side: a sum of products is a product of rank r1 + r2. A change that
-        is no such product is made of the whole weight, one share after another; where `weight` is None,
-        it cannot be known, and is nothing.
+        is no such product is made of the weight, one share after another, row by row if it can be;
+        where `weight` is None, it cannot be known, and is nothing.
         """
         import numpy as np
 
-        from lorasurgery.change import Dense, LowRank, widened
+        from lorasurgery.change import ByRows, Dense, LowRank, widened
 
         forms = [share.factors() for share in self.shares]
         pairs = [form for form in forms if form is not None]
@@ -90,11 +110,28 @@ class Target:
             return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b))
         if weight is None:
             return LowRank.nothing(self.shares[0].info)
-        w = widened(weight())
+        info = self.shares[0].info
+        rows = info.shape[0] if info.shape else 1
+        if all(share.by_rows for share in self.shares):
+            return ByRows(self._by_rows(weight), rows, info.numel // max(1, rows))
+        w = widened(weight(0, rows))
         total = w.copy()
         for share in self.shares:
             total += share.dense(total)
         return Dense(total - w)
+
+    def _by_rows(self, weight: Rows) -> Rows:
+        first, *others = [share.some() for share in self.shares]
+
+        def make(start: int, stop: int) -> Array:
+            read = weight(start, stop)
+            w = read.astype("f4", copy=False).reshape(len(read) if read.ndim else 1, -1)
+            delta = first(w, start)
+            for other in others:
+                delta = delta + other(w + delta, start)
+            return delta
+
+        return make
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +186,8 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
     for name, site in zip(live, adapter.sites, strict=True):
-        rows, experts = site.factors["B"].shape[-2], _experts(site)
-        parts = names.parts(name, rows, experts)
-        if not parts:
+        parts = names.parts(name, site.size[0] or 0, site.experts)
+        if not parts and not site.optional:
             missing[name] = site
         for part in parts:
             turned = _orientation(model, site, part)
@@ -205,26 +241,24 @@ def combine(parts: Sequence[Resolved]) -> Resolved:
     return Resolved(targets, replaced, added, missing, tuple(problems))
 
 
-def _experts(site: Site) -> int:
-    shape = site.factors["A"].shape
-    return shape[0] if len(shape) == 3 else 1
-
-
 def _orientation(model: Model, site: Site, part: Part) -> bool | None:
     """Whether W is stored turned, [in, out]; None if the factors fit neither way."""
     info = model.weights.info(part.tensor)
-    out, in_ = site.factors["B"].shape[-2], site.factors["A"].shape[-1]
+    out, in_ = site.size
     if part.rows is not None:
         out = part.rows[1] - part.rows[0]
     stack = site.layout == "experts" and part.expert is None
-    if stack and (len(info.shape) != 3 or info.shape[0] != _experts(site)):
+    if stack and (len(info.shape) != 3 or info.shape[0] != site.experts):
         return None
     if stack:
         _, rows, columns = info.shape
     else:  # a convolution's weight is [out, in, ...]
         rows = info.shape[0] if info.shape else 1
         columns = info.numel // max(1, rows)
-    straight, turned = (out, in_) == (rows, columns), (in_, out) == (rows, columns)
+    if site.layout == "channels":
+        columns = info.shape[1] if len(info.shape) > 1 else 1
+    straight = out in (None, rows) and in_ in (None, columns)
+    turned = out in (None, columns) and in_ in (None, rows)
     if straight and turned:
         return _turned_by_name(model.config, site)
     if turned and not _may_turn(model.config, site):
@@ -254,8 +288,16 @@ def _is_conv1d(config: Mapping[str, Any], site: Site) -> bool:
 
 
 def _misfit(model: Model, site: Site, part: Part) -> Problem:
-    a, b = site.factors["A"], site.factors["B"]
     info = model.weights.info(part.tensor)
+    if site.sides != (None, None):
+        first = next(iter(site.factors.values()))
+        size = ", ".join("any" if side is None else str(side) for side in site.sides)
+        return Problem(
+            first.name,
+            f"{site.module}: the factors are of a weight of [{size}], but {part.tensor} in "
+            f"{model.path} is {list(info.shape)}",
+        )
+    a, b = site.factors["A"], site.factors["B"]
     return Problem(
         a.name,
         f"{site.module}: A {list(a.shape)} and B {list(b.shape)} make a change of "

@@ -62,6 +62,52 @@ def test_arrays_and_tensors_give_the_same(case):
     np.testing.assert_allclose(got, variant.delta(w, factors, config).numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_torch_and_numpy_agree_on_the_low_rank_form(case):
+    variant, _, factors, config = case
+    form = variant.low_rank(factors, config)
+    arrays = variant.low_rank({name: f.numpy() for name, f in factors.items()}, config)
+    for got, wanted in zip(arrays or (), form or (), strict=True):
+        assert isinstance(got, np.ndarray)
+        np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("of", [torch.Tensor.numpy, torch.clone], ids=["numpy", "torch"])
+def test_what_is_made_of_a_lora_changes_the_weight_as_it_did(case, of):
+    variant, w, _, _ = case
+    rng = torch.Generator().manual_seed(3)
+    a, b = torch.randn(3, 6, generator=rng), torch.randn(10, 3, generator=rng)
+    factors = variant.from_lora(of(w), of(a), of(b))
+    if factors is None:
+        return
+    config = AdapterConfig(variant.__name__.rpartition(".")[2], rank=3, alpha=3.0)
+    got = variant.delta(of(w), factors, config)
+    np.testing.assert_allclose(np.asarray(got), (b @ a).numpy(), atol=2e-5)
+    assert {k: tuple(v.shape) for k, v in factors.items()} == variant.shapes(10, 6, config)
+
+
+def test_what_is_made_row_by_row_is_made_of_those_rows_alone(case):
+    variant, w, factors, config = case
+    names = getattr(variant, "ROWS", ())
+    whole = variant.delta(w, factors, config)
+    for start in range(0, 10, 4) if names else ():
+        rows = slice(start, start + 4)
+        part = {name: f[rows] if name in names else f for name, f in factors.items()}
+        got = variant.delta(w[rows], part, config)
+        torch.testing.assert_close(got, whole[rows], atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_without_direction_stays_zero_in_dora():
+    # PEFT divides 0 by 0 there: https://github.com/huggingface/peft/issues/2049
+    variant, config = plugins.load("adapters", "dora"), AdapterConfig("dora", 2, 3.0)
+    w, a = torch.randn(3, 4), torch.randn(2, 4)
+    w[1] = 0
+    factors = {"A": a, "B": torch.zeros(3, 2), "m": torch.tensor([[2.0], [5.0], [7.0]])}
+    merged = w + variant.delta(w, factors, config)
+    torch.testing.assert_close(merged.norm(dim=1), torch.tensor([2.0, 0.0, 7.0]))
+    assert torch.equal(merged[1], torch.zeros(4))
+    assert torch.isfinite(variant.forward(torch.randn(5, 4), w, factors, config)).all()
+
+
 def test_scaling_is_alpha_over_the_root_of_the_rank_only_when_stabilized():
     assert AdapterConfig("lora", 16, 8.0).scaling == 0.5
     assert AdapterConfig("lora", 16, 8.0, rank_stabilized=True).scaling == 2.0

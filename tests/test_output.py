@@ -521,6 +521,7 @@ def test_writeback_is_begun_for_each_tensor_that_has_bytes(
     (shard,) = lay_out([A, B, empty], 1 << 30, {})
     output = Output(tmp_path / "out", [shard], "plan", OutputOptions())
     output.record("e", {}, ["a", "b", "empty"])
+    output._writeback.shutdown()
     start = len(shard.head)
     assert calls == [(start, 32, 2), (start + 32, 6, 2)]
     output.abandon()

@@ -240,3 +240,31 @@ def test_without_an_undo_file_a_replaced_tensor_cannot_come_back(tmp_path):
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert torch.equal(back["lm_head.weight"], merged["lm_head.weight"])
+
+
+def dora(folder: Path) -> Path:
+    """The small adapter, with magnitudes a tenth larger than the weights' norms."""
+    path = small.adapter(folder, use_dora=True)
+    held, weights = load_file(path / "adapter_model.safetensors"), small.tensors()
+    for key in [k for k in held if ".lora_A." in k]:
+        w = weights[key.removeprefix("base_model.model.").replace("lora_A.", "")].float()
+        held[key.replace("lora_A.weight", "lora_magnitude_vector")] = 1.1 * w.norm(dim=1)
+    save_file(held, path / "adapter_model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--max-memory", "1MB", "--jobs", "1"), ("--dtype", "float32")], ids=" ".join
+)
+def test_a_base_comes_back_from_a_change_that_depends_on_it(tmp_path, flags):
+    round_trip(tmp_path, small.base(tmp_path / "base"), [dora(tmp_path / "a")], *flags)
+
+
+def test_without_the_undo_file_what_depends_on_the_weight_is_not_subtracted(tmp_path):
+    base, path = small.base(tmp_path / "base"), dora(tmp_path / "a")
+    done("merge", base, path, "-o", tmp_path / "merged")
+    result = surgery("unmerge", tmp_path / "merged", path, "-o", tmp_path / "back")
+    assert result.exit_code == 1
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert f"{name}: what dora adds depends on the weight" in result.stderr
+    assert not (tmp_path / "back").exists()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import A
 
 LINEAR_IN_W = True
+ROWS = ("B",)
 
 
 def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:

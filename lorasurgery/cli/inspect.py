@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,8 @@ import typer
 from lorasurgery.cli._options import Printing
 from lorasurgery.cli._print import emit, pairs, table
 from lorasurgery.cli._sizes import show_bytes, show_count
+from lorasurgery.cli._spectrum import show_spectrum
+from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
     from lorasurgery.operations.inspect import Inspection, Row
@@ -20,18 +23,33 @@ def command(
     path: Annotated[
         str, typer.Argument(help="Checkpoint, adapter, GGUF file, or org/name[@revision].")
     ],
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Of an adapter: singular values of each change.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="With --spectrum: what the changes are measured by."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="With --spectrum: draw it.")
+    ] = None,
     *,
     printing: Printing,
 ) -> None:
     """Show what a checkpoint or adapter holds.
 
     Only headers are read; of a hub id they alone are fetched. A .bin file is opened by torch,
-    which takes seconds.
+    which takes seconds. --spectrum reads the factors too.
 
     Example:
 
         lorasurgery inspect HuggingFaceTB/SmolLM2-135M-Instruct
     """
+    if spectrum:
+        show_spectrum(path, base, plot, printing)
+        return
+    if base or plot:
+        raise UsageError("--base and --plot: go with --spectrum. Add it.")
     from lorasurgery.operations.inspect import inspect
 
     found = inspect(path)

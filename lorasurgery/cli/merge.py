@@ -51,6 +51,10 @@ def command(
         Path | None,
         typer.Option("--undo", metavar="FILE", help="Write what brings the base back exactly."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw what was kept, layer by layer."),
+    ] = None,
     dtype: Dtype = "auto",
     allow_unmatched: AllowUnmatched = None,
     *,
@@ -66,6 +70,7 @@ def command(
     from lorasurgery.model import resolve
     from lorasurgery.operations._merge_edits import Rounding
     from lorasurgery.operations._merge_options import MergeOptions
+    from lorasurgery.operations._picture import Scale, check_file, heat_map
     from lorasurgery.operations.merge import advice, check, merge
     from lorasurgery.tensors import DTYPE_NAMES
 
@@ -84,10 +89,16 @@ def command(
         min_retained=min_retained,
         undo=undo,
     )
+    if plot:
+        check_file(plot)
     source = resolve(base)
     report = carry_out(
         lambda output, how: merge(source, adapter, output, options, how), writing, printing
     )
+    if plot:
+        kept = {r.name: r.metrics["retained"] for r in report.results if "retained" in r.metrics}
+        ends = min(0.9, *kept.values(), 1.0), max(1.0, *kept.values(), 1.0)
+        heat_map(plot, kept, Scale("retained signal", *ends))
     if warning := advice(report, options):
         typer.echo(f"warning: {warning}", err=True)
     check(report, options)  # a run has passed it, a rehearsal has not

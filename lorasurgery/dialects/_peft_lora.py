@@ -1,7 +1,8 @@
-"""LoRA as PEFT stores it.
+"""LoRA and DoRA as PEFT stores them.
 
 Keys are base_model.model. + module path + .lora_A.weight [r, in], .lora_B.weight [out, r], .lora_B.bias [out],
-.lora_embedding_A [r, tokens], .lora_embedding_B [dim, r]; whole tensors stand under their own names.
+.lora_embedding_A [r, tokens], .lora_embedding_B [dim, r]; DoRA adds .lora_magnitude_vector [out], once
+with .weight. Whole tensors stand under their own names.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from lorasurgery.tensors import TensorInfo
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
-VARIANTS = ("lora",)
+VARIANTS = ("lora", "dora")
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])"
     r"(?:\.default)?(?:\.(?P<kind>weight|bias))?"
 )
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 # the untouched base beside a saved module, which bias="all" sweeps up
 _ORIGINAL = ".original_module."
@@ -38,7 +40,7 @@ _EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|lm_head)\.(weight|bias)")
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The keys of one wrapped parameter: {'A': key, 'B': key, 'bias': key}."""
+    """The keys of one wrapped parameter: {'A': key, 'B': key, 'bias': key, 'm': key}."""
 
     module: str
     depth: int  # wrappers that lie around this one, when several parameters of a module are adapted
@@ -49,6 +51,8 @@ def read(path: Path, config: Mapping[str, Any], source: Checkpoint) -> Adapter:
     """The adapter's sites and whole tensors; headers alone, factors are read when a site loads."""
     problems = _peft_lora_config.check(path / "adapter_config.json", config)
     groups, whole = _sort(source)
+    if config.get("use_dora"):
+        whole = _take_magnitudes(groups, whole)
     sites, added = [], {}
     for group, keys in groups.items():
         found = _site(source, config, group, keys)
@@ -104,6 +108,18 @@ def _sort(source: Checkpoint) -> tuple[dict[_Group, dict[str, str]], list[str]]:
     return groups, whole
 
 
+def _take_magnitudes(groups: dict[_Group, dict[str, str]], keys: list[str]) -> list[str]:
+    """Put DoRA's magnitudes to the factors of their modules; what is left of the keys."""
+    owners, left = {group.module: group for group in groups if not group.depth}, []
+    for key in keys:
+        match = _MAGNITUDE.fullmatch(key.removeprefix(_PREFIX))
+        if match and match["module"] in owners:
+            groups[owners[match["module"]]]["m"] = key
+        else:
+            left.append(key)
+    return left
+
+
 def _site(
     source: Checkpoint, config: Mapping[str, Any], group: _Group, keys: Mapping[str, str]
 ) -> Site | Problem:
@@ -112,6 +128,8 @@ def _site(
     if not {"A", "B"} <= keys.keys():
         missing = "A" if "A" not in keys else "B"
         return Problem(some, f"{some} stands alone: lora_{missing} of {group.module} is missing")
+    if config.get("use_dora") and "m" not in keys:
+        return Problem(some, f"{group.module}: use_dora is true, but its magnitudes are missing")
     parameters = _peft_lora_config.parameters_of(config, group.module)
     parameter, stacked = "weight", False
     if group.depth < len(parameters):
@@ -135,10 +153,15 @@ def _site(
     layout = "experts" if experts > 1 else "parameter" if stacked else "linear"
     layout = "embedding" if group.embedding else layout
     read = _reader(source, keys, layout, experts)
-    infos = {
-        letter: TensorInfo(keys[letter], "F32", shape)
-        for letter, shape in _turned_shapes(a, b, layout, experts).items()
-    }
+    shapes = _turned_shapes(a, b, layout, experts)
+    if "m" in keys:
+        shapes["m"] = (1, b.shape[0]) if layout == "embedding" else (b.shape[0], 1)
+        m = source.info(keys["m"])
+        if m.numel != b.shape[0]:
+            return Problem(
+                m.name, f"{group.module}: {m.numel} magnitudes, but B is {list(b.shape)}"
+            )
+    infos = {letter: TensorInfo(keys[letter], "F32", shape) for letter, shape in shapes.items()}
     turned = bool(config.get("fan_in_fan_out"))
     kernel = a.shape[2:]
     return Site(group.module, parameter, layout, site_config, infos, read, kernel, turned)
@@ -180,7 +203,11 @@ def _reader(
         elif layout == "experts":  # in A the expert varies slowest, in B fastest
             a = a.reshape(experts, -1, a.shape[1])
             b = b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
-        return {"A": np.ascontiguousarray(a), "B": np.ascontiguousarray(b)}
+        factors = {"A": np.ascontiguousarray(a), "B": np.ascontiguousarray(b)}
+        if "m" in keys:  # of an embedding [tokens, dim] each column is normed
+            m = source.read(keys["m"]).astype(np.float32)
+            factors["m"] = m.reshape((1, -1) if layout == "embedding" else (-1, 1))
+        return factors
 
     return load
 

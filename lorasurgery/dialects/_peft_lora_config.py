@@ -21,6 +21,7 @@ _READ = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern",
     "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "target_parameters", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights",
+    "use_dora",
 }  # fmt: skip
 # fields of training and bookkeeping: whatever they hold, the merged weights are the same
 _SILENT = {
@@ -31,7 +32,6 @@ _SILENT = {
 }  # fmt: skip
 # fields that change what the factors mean; only a neutral value is understood
 _REFUSED = {
-    "use_dora": "its magnitudes are no part of B A",
     "use_qalora": "its A works on pooled inputs",
     "alora_invocation_tokens": "it acts on some tokens alone, so no merged weight does the same",
     "arrow_config": "a router chooses among adapters for each token",
@@ -55,6 +55,11 @@ def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
             raise MatchError(
                 f"{path}: {field} is {config[field]!r}: {reason}. Merge it with PEFT itself."
             )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise MatchError(
+            f"{path}: use_dora and lora_bias are both true: PEFT has no such layer, so that nobody "
+            "knows what its bias is scaled by. Set one to false."
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MUTATING):
         raise MatchError(
@@ -84,7 +89,8 @@ def site_config(config: Mapping[str, Any], key: str) -> AdapterConfig:
         ) from None
     if rank < 1:
         raise FormatError(f"{key}: rank {rank} is not positive. Mend adapter_config.json.")
-    return AdapterConfig("lora", rank, alpha, bool(config.get("use_rslora")))
+    variant = "dora" if config.get("use_dora") else "lora"
+    return AdapterConfig(variant, rank, alpha, bool(config.get("use_rslora")))
 
 
 def _pattern(patterns: Mapping[str, Any] | None, key: str, otherwise: Any) -> Any:

@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import FormatError
@@ -17,18 +17,25 @@ from lorasurgery.tensors import TensorInfo
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
+# what is known of a tensor, and what gives it as it is stored
+Stored: TypeAlias = tuple[TensorInfo, Callable[[], "Array"]]
+
 PREFIX = "base_model.model."
 # fields that follow from the sites; the others are carried along from where the adapter came
 _DERIVED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
     "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying", "lora_bias",
+    "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying", "lora_bias", "use_dora",
 )  # fmt: skip
 
 
 def write(adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors into an empty directory, a tensor at a time."""
-    tensors = dict(_tensors(adapter))
+    save(folder, config_of(adapter), dict(_tensors(adapter)))
+
+
+def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+    """The two files, whatever the type, a tensor at a time."""
     infos = [info for info, _ in tensors.values()]
     header = safetensors.header_of(infos, {"format": "pt"})
     with (folder / "adapter_model.safetensors").open("wb") as file:
@@ -37,7 +44,7 @@ def write(adapter: Adapter, folder: Path) -> None:
             data = load()
             assert data.nbytes == info.nbytes, info
             file.write(data.tobytes())
-    text = json.dumps(config_of(adapter), indent=2, sort_keys=True)
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n")
 
 
@@ -55,6 +62,11 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are scaled by alpha / sqrt(r) and some by alpha / r, which "
             "PEFT has one flag for. Bake the scale in."
         )
+    if len({site.config.variant for site in adapter.sites}) > 1:
+        raise FormatError(
+            f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
+            "them to one of them."
+        )
     kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
     return {
         "task_type": None,
@@ -67,20 +79,20 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": _plain(alpha),
         "use_rslora": stabilized == {True},
+        "use_dora": any("m" in site.factors for site in adapter.sites),
         "rank_pattern": {f"^{n}": r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{n}": _plain(a) for n, a in alphas.items() if a != alpha},
         "target_modules": [n for n, s in names.items() if not _by_parameter(s)] or None,
         "target_parameters": [n for n, s in names.items() if _by_parameter(s)] or None,
-        "modules_to_save": sorted({_owner(n) for n in adapter.replaced if not n.endswith(".bias")})
-        or None,
+        "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
         "init_lora_weights": True,
     }
 
 
-def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable[[], Array]]]]:
-    """Key -> what is known of the tensor, and what gives it as it is stored."""
+def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
+    """By key."""
     depths = _depths(adapter.sites)
     for site in adapter.sites:
         under = f"{PREFIX}{site.module}{'.base_layer' * depths[id(site)]}"
@@ -90,16 +102,24 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, tuple[TensorInfo, Callable
             key += "" if embedding else ".weight"
             info = TensorInfo(key, site.factors[letter].dtype, _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
-    wrapped = {f"{site.module}.bias": depths[id(site)] for site in adapter.sites}
-    for name, info in adapter.replaced.items():
-        # the bias of an adapted module lies inside of its wrapper
-        inside = ".base_layer" * (wrapped[name] + 1) if name in wrapped else ""
-        key = f"{PREFIX}{_owner(name)}{inside}.{name.rpartition('.')[2]}"
-        yield key, (TensorInfo(key, info.dtype, info.shape), _whole(adapter, name))
+        if "m" in site.factors:
+            key = f"{under}.lora_magnitude_vector"
+            yield key, (TensorInfo(key, "F32", _magnitudes(adapter, site)), _stored(site, "m"))
+    yield from wholes(adapter)
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():
         key = f"{PREFIX}{name.removesuffix('.bias')}.lora_B.bias"
         yield key, (TensorInfo(key, "F32", info.shape), _unscaled(adapter, name, scalings[name]))
+
+
+def wholes(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
+    """The tensors that replace the base's, by key."""
+    adapted = {site.module for site in adapter.sites}
+    for name, info in adapter.replaced.items():
+        owner, _, parameter = name.rpartition(".")
+        # beside factors stands the base's own, of an embedding or a head
+        key = f"{PREFIX}{owner}.base_layer.{parameter}" if owner in adapted else PREFIX + name
+        yield key, (TensorInfo(key, info.dtype, info.shape), _whole(adapter, name))
 
 
 def _stored_shape(site: Site, letter: str) -> tuple[int, ...]:
@@ -115,6 +135,18 @@ def _stored_shape(site: Site, letter: str) -> tuple[int, ...]:
     return (shape[1], shape[2] * shape[0])
 
 
+def _magnitudes(adapter: Adapter, site: Site) -> tuple[int, ...]:
+    """The shape that PEFT stores them in; raises FormatError for an axis that it does not norm."""
+    shape, embedding = site.factors["m"].shape, site.layout == "embedding"
+    size = shape[-1] if embedding else shape[-2]
+    if shape != ((1, size) if embedding else (size, 1)):
+        raise FormatError(
+            f"{adapter.path}: {site.module} has magnitudes {list(shape)}: PEFT norms the other axis. "
+            "Convert it to LoRA."
+        )
+    return (1, size, *(1 for _ in site.kernel)) if site.kernel else (size,)
+
+
 def _stored(site: Site, letter: str) -> Callable[[], Array]:
     """The factor as PEFT stores it: in A the expert varies slowest, in B fastest."""
 
@@ -124,7 +156,9 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
         from lorasurgery.arrays import NUMPY
 
         factors = site.load()
-        if site.layout == "embedding":
+        if letter == "m":
+            data = factors["m"]
+        elif site.layout == "embedding":
             data = factors["B" if letter == "A" else "A"].T
         elif site.layout == "experts" and letter == "A":
             data = factors["A"].reshape(-1, factors["A"].shape[2])
@@ -166,8 +200,10 @@ def _by_parameter(site: Site) -> bool:
     return site.layout in ("experts", "parameter")
 
 
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
+def owners(adapter: Adapter) -> list[str]:
+    """Modules that are kept whole: no factors adapt them."""
+    found = {name.rpartition(".")[0] for name in adapter.replaced if not name.endswith(".bias")}
+    return sorted(found - {site.module for site in adapter.sites})
 
 
 def _usual(values: Any, otherwise: Any) -> Any:

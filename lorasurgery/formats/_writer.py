@@ -104,7 +104,7 @@ class Writer:
                 at, target = at + n, target + n
 
     def start_writeback(self, name: str) -> None:
-        """Ask the system to begin writing this tensor to the disk; waits for nothing."""
+        """Ask the system to begin writing this tensor to the disk."""
         begin, length = self._begin[name], self._end[name] - self._begin[name]
         if length and hasattr(_LIBC, "sync_file_range"):  # a length of 0 would mean: to the end
             _LIBC.sync_file_range(

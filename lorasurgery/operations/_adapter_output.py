@@ -103,7 +103,8 @@ def as_written(adapter: Adapter, dialect: str, dtype: str) -> Adapter:
         replace(s, factors={k: replace(i, dtype=dtype) for k, i in s.factors.items()})
         for s in adapter.sites
     )
-    settings = adapter.settings if dialect == adapter.dialect else {}
+    same = dialect == adapter.dialect
+    settings = adapter.settings if same else {"task_type": adapter.settings.get("task_type")}
     return replace(adapter, sites=sites, settings=settings)
 
 

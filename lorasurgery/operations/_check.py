@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lorasurgery.change import Change, Dense, LowRank
+from lorasurgery.change import Change, LowRank
 from lorasurgery.layouts import EMBEDDINGS, HEADS
 from lorasurgery.operations._causes import Diagnosis, diagnose
 from lorasurgery.operations._compare import differing, differing_parts, differing_whole
@@ -122,7 +122,7 @@ def _changed(expected: Expected, name: str, source: str, least: float) -> Findin
     pair = Pair(base, source, merged, name, expected.scale(name))
     residual = expected.residual.get(name)
     beside = residual.change() if residual else None
-    assert not isinstance(beside, Dense)
+    assert beside is None or isinstance(beside, LowRank)
     found = measure(pair, change, beside)
     if pair.packed:
         judged = judge_codes(found, least)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lorasurgery.adapter import Adapter
 from lorasurgery.change import Change
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations._compare import differing_whole
 from lorasurgery.problems import refuse
-from lorasurgery.targets import Share, Target, Whole
+from lorasurgery.targets import Resolved, Share, Target, Whole
 from lorasurgery.tied import settle, tied_pair
 
 # where a merge into NF4 leaves the small adapter of what its rounding lost
@@ -54,8 +56,8 @@ class Expected:
         target, wholes = self.changed.get(name), self.added.get(name)
         if wholes:
             return targets.bias_change(wholes)
-        source = self.source(name)
-        return target.change(lambda: self.base.weights.read(source or name)) if target else None
+        read = partial(self.base.weights.read, self.source(name) or name)
+        return target.change(read) if target else None
 
     def scale(self, name: str) -> float:
         """The largest factor that a product B A of this tensor is multiplied by; 1 for none."""
@@ -86,10 +88,21 @@ def expect(
     if residual:
         notes.append(f"counted in: {merged.path / RESIDUAL}, which is served beside the weights.")
     origin = {pair[0]: pair[1]} if pair and untied else {}
+    replaced = {n: w for n, w in resolved.replaced.items() if not _brought(base, resolved, n)}
     return Expected(
-        base, merged, resolved.targets, resolved.replaced, resolved.added, origin, residual,
+        base, merged, resolved.targets, replaced, resolved.added, origin, residual,
         tuple(adapter for adapter, _ in adapters), (*settled.notes, *notes),
     )  # fmt: skip
+
+
+def _brought(base: Model, resolved: Resolved, name: str) -> bool:
+    """Whether a replacement is but the base's own tensor, brought along beside what adapts it."""
+    adapted = name in resolved.targets or name in resolved.added
+    if not adapted or name not in base.weights:
+        return False
+    whole = resolved.replaced[name]
+    same = whole.info.shape == base.weights.info(name).shape
+    return same and not differing_whole(whole, base.weights, name)
 
 
 def _residual(merged: Model) -> Mapping[str, Target]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapter import Adapter
-from lorasurgery.arrays import Array
 from lorasurgery.change import Change, LowRank
 from lorasurgery.edit import Edit, copy_edit
 from lorasurgery.errors import FormatError, ShapeError, UsageError
@@ -59,7 +58,7 @@ class Work:
     def change(self, name: str, seen: Source | None = None) -> _Change | None:
         """What is added to this tensor, whose weight as the adapter sees it is read from `seen`."""
         if name in self.resolved.targets:
-            read = partial(_read, seen) if seen else None
+            read = partial(seen.checkpoint.read, seen.name) if seen else None
             return partial(self.resolved.targets[name].change, read)
         if name in self.resolved.added:
             return partial(bias_change, self.resolved.added[name])
@@ -157,10 +156,6 @@ class Work:
             config = {**config, **said}
         rows = _vocabulary(self.model, self.resolved)
         return {**config, "vocab_size": rows} if rows and "vocab_size" in config else config
-
-
-def _read(source: Source) -> Array:
-    return source.checkpoint.read(source.name)
 
 
 def lay_upon(

@@ -9,7 +9,7 @@ from math import gcd
 import numpy as np
 
 from lorasurgery.arrays import Array
-from lorasurgery.change import Change, Dense, LowRank
+from lorasurgery.change import ByRows, Change, Dense, LowRank
 from lorasurgery.codec import Packed, Rule
 from lorasurgery.kernels import lora_delta
 from lorasurgery.weights import Weights, codec_of
@@ -62,9 +62,7 @@ class Pair:
         block = codec_of(self.packed.codec).multiple(self.packed) if self.packed else 1
         unit = block // gcd(columns, block)
         step = max(unit, _ELEMENTS // max(1, columns) // unit * unit)
-        factors, given = (
-            (change, None) if isinstance(change, LowRank) else (_none(change), change.d)
-        )
+        factors, given = (change, None) if isinstance(change, LowRank) else (_none(change), change)
         rows, read = factors.b.shape[1], 0
         for n in range(len(factors.a)):
             for row in range(0, rows, step):
@@ -75,7 +73,7 @@ class Pair:
                 )
                 yield Tile(
                     n, row, (n * rows + row) * columns, w.astype(np.float32, copy=False), merged,
-                    factors.a[n], b, None if given is None else given[n, row : row + len(b)],
+                    factors.a[n], b, given.part(n, row, row + len(b)) if given else None,
                 )  # fmt: skip
                 read += merged.nbytes
                 if read > _RELEASE and not self.packed and self.old not in self.base.packed:
@@ -87,8 +85,8 @@ class Pair:
         self.merged.release(self.new)
 
 
-def _none(change: Dense) -> LowRank:
-    n, rows, columns = change.d.shape
+def _none(change: Dense | ByRows) -> LowRank:
+    n, rows, columns = change.shape
     return LowRank(np.zeros((n, 0, columns), np.float32), np.zeros((n, rows, 0), np.float32))
 
 

@@ -140,3 +140,6 @@ def _settings(
 def _task(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
     task = adapters[0][0].settings.get("task_type")
     return str(task) if task else None
+
+
+__all__ = ["MergeOptions", "advice", "check", "merge", "plan_merge"]

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lorasurgery.adapter import Adapter
+from lorasurgery import plugins
+from lorasurgery.adapter import Adapter, Site, Variant
 from lorasurgery.change import Change
 from lorasurgery.checkpoint import MANIFEST
 from lorasurgery.errors import MatchError
@@ -102,16 +103,39 @@ def _as_merge(options: UnmergeOptions) -> MergeOptions:
 def _without_wholes(
     adapters: Sequence[tuple[Adapter, float]], options: UnmergeOptions
 ) -> list[tuple[Adapter, float]]:
-    """What can be subtracted; replaced tensors are lost, and stay only where that is allowed."""
+    """What can be subtracted; replaced and rescaled tensors are lost, and stay only if that is allowed."""
     lost = [
         Problem(name, f"{name} was replaced as a whole: only the undo file brings back the base's")
         for adapter, _ in adapters
         for name in adapter.replaced
     ]
+    lost += [
+        Problem(
+            f"{site.module}.{site.parameter}",
+            f"{site.module}.{site.parameter}: what {site.config.variant} adds depends on the weight: "
+            "only the undo file brings back the base's",
+        )
+        for adapter, _ in adapters
+        for site in adapter.sites
+        if not _subtracted(site)
+    ]
     where = ", ".join(str(adapter.path) for adapter, _ in adapters)
     problems = [*lost, *(p for adapter, _ in adapters for p in adapter.problems)]
     refuse(where, problems, options.allowed)
-    return [(replace(adapter, replaced={}, problems=()), weight) for adapter, weight in adapters]
+    return [
+        (
+            replace(
+                adapter, sites=tuple(filter(_subtracted, adapter.sites)), replaced={}, problems=()
+            ),
+            w,
+        )
+        for adapter, w in adapters
+    ]
+
+
+def _subtracted(site: Site) -> bool:
+    variant = cast(Variant, plugins.load("adapters", site.config.variant))
+    return variant.LINEAR_IN_W
 
 
 def _check_adapters(adapters: Sequence[tuple[Adapter, float]], undo: UndoFile) -> None:

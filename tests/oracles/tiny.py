@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -39,6 +40,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCAB = 72
@@ -92,6 +95,14 @@ def gpt_oss() -> PreTrainedModel:
     return GptOssForCausalLM(config)
 
 
+def t5() -> PreTrainedModel:
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
 def llava() -> PreTrainedModel:
     vision = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -142,6 +153,7 @@ KINDS = {
     "bert-classifier": Kind(
         lambda: BertForSequenceClassification(bert()), AutoModelForSequenceClassification
     ),
+    "t5": Kind(t5, AutoModelForSeq2SeqLM),
     "mixtral": Kind(mixtral),
     "mixtral-fused": Kind(mixtral, saving={"save_original_format": False}),
     "qwen3-moe": Kind(qwen3_moe),
@@ -185,8 +197,9 @@ def make_base(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Base
 
 def outputs(model: Any) -> Tensor:
     """Logits, or an encoder's last hidden state."""
+    both = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
-        result = model(TOKENS)
+        result = model(TOKENS, **both)
     found: Tensor = result.logits if "logits" in result else result.last_hidden_state
     return found
 

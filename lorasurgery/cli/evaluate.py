@@ -1,0 +1,59 @@
+"""lorasurgery evaluate: did the operation harm the model?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorasurgery.cli._options import Base, Printing
+from lorasurgery.cli._print import emit, pairs
+from lorasurgery.cli._progress import progress_bar
+
+if TYPE_CHECKING:
+    from lorasurgery.operations.evaluate import Evaluation
+
+
+def command(
+    model: Base,
+    other: Annotated[
+        str | None, typer.Argument(help="A second model, to compare the distributions of both.")
+    ] = None,
+    text: Annotated[
+        Path, typer.Option("--text", metavar="FILE", exists=True, help="What to predict, UTF-8.")
+    ] = ...,  # type: ignore[assignment]
+    window: Annotated[
+        int, typer.Option("--window", min=2, help="Tokens that are seen at once.")
+    ] = 512,
+    *,
+    printing: Printing,
+) -> None:
+    """Perplexity of a model on a text, or how far two are apart.
+
+    transformers runs the models, in float32 on the CPU.
+
+    Example:
+
+        lorasurgery evaluate base merged --text book.txt
+    """
+    from lorasurgery.model import resolve
+    from lorasurgery.operations.evaluate import evaluate
+
+    second = resolve(other) if other else None
+    content = text.read_text(encoding="utf-8")
+    with progress_bar(quiet=printing.quiet) as progress:
+        found = evaluate(resolve(model), second, content, window, progress)
+    emit(asdict(found), lambda: "\n".join(pairs(list(_lines(found)))), printing)
+
+
+def _lines(found: Evaluation) -> Iterable[tuple[str, str]]:
+    yield "tokens", str(found.tokens)
+    yield f"perplexity of {found.model}", f"{found.perplexity:.3f}"
+    if found.other_perplexity is None or found.divergence is None or found.agreement is None:
+        return
+    yield f"perplexity of {found.other}", f"{found.other_perplexity:.3f}"
+    yield "KL divergence, nats per token", f"{found.divergence:.5f}"
+    yield "same first choice", f"{100 * found.agreement:.2f} %"

@@ -1,0 +1,89 @@
+"""A model directory as transformers runs it (extra `train`): its next-token scores, its greedy text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """transformers' model and tokenizer, in float32 on the CPU or in the dtype asked for."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [length] -> float32 [length, vocabulary]."""
+        import torch
+
+        with torch.inference_mode():
+            scores: Tensor = self.model(tokens[None]).logits[0].float()
+        return scores
+
+    def encode(self, text: str) -> Tensor:
+        """Text as tokens int64 [length], without those that a model puts around it."""
+        tokens: Tensor = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)[
+            "input_ids"
+        ][0]
+        return tokens
+
+    def complete(self, prompt: str, tokens: int, *, chat: bool) -> str:
+        """The greedy continuation, at most so many tokens; `chat` puts the prompt into the template."""
+        if chat:
+            turns = [{"role": "user", "content": prompt}]
+            prompt = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        given = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+        made = self.model.generate(**given, max_new_tokens=tokens, do_sample=False)
+        new = made[0, given["input_ids"].shape[1] :]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def load(path: Path, dtype: str = "float32") -> LanguageModel:
+    """Raises UsageError where the extra is missing, FormatError for what transformers cannot load."""
+    if find_spec("transformers") is None:
+        raise UsageError(
+            "transformers runs the model, and is not installed. Run `pip install lorasurgery[train]`."
+        )
+    if not (path / "config.json").is_file():
+        raise FormatError(f"{path}: no config.json in it, so that no model can be built. Name one.")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(f"{path}: transformers cannot load it ({reason}).") from None
+    return LanguageModel(path, model, tokenizer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and notes of transformers' own."""
+    from transformers.utils import logging as their_logging
+
+    logging: Any = their_logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

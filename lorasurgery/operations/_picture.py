@@ -1,0 +1,119 @@
+"""Pictures of numbers by layer and module: heat maps, and spectra. Drawn by matplotlib (extra `plot`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasurgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LAYER = re.compile(r"\.(\d+)\.")
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the colours mean: a title, and the values at both ends."""
+
+    title: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Values by layer (down) and by module (across); nan where there is none."""
+
+    layers: Sequence[str]
+    modules: Sequence[str]
+    values: Sequence[Sequence[float]]
+
+
+def check_file(path: Path) -> None:
+    """Raises UsageError unless a picture may be drawn there, before any work is done."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: a picture ends with {', '.join(SUFFIXES)}. Rename it.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: its directory does not exist. Make it first.")
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "--plot: matplotlib draws it, and is not installed. Run `pip install lorasurgery[plot]`."
+        )
+
+
+def grid(values: Mapping[str, float]) -> Grid:
+    """Tensor names sorted into layers and modules: the first number of a name is its layer."""
+    cells: dict[tuple[str, str], float] = {}
+    layers: dict[str, int] = {}
+    modules: dict[str, None] = {}
+    for name, value in values.items():
+        match = _LAYER.search(name)
+        layer = match[1] if match else ""
+        module = (name[match.end() :] if match else name).removesuffix(".weight")
+        layers[layer] = int(layer) if layer else -1
+        modules[module] = None
+        cells[layer, module] = value
+    ordered = sorted(layers, key=lambda layer: layers[layer])
+    rows = [[cells.get((layer, m), float("nan")) for m in modules] for layer in ordered]
+    return Grid(ordered, list(modules), rows)
+
+
+def heat_map(path: Path, values: Mapping[str, float], scale: Scale) -> None:
+    """One cell for each tensor, layer x module, into a .png, .svg or .pdf."""
+    shown = grid(values)
+    figure = _figure(1.6 + 0.45 * len(shown.modules), 1.8 + 0.2 * len(shown.layers))
+    axes = figure.subplots()
+    _cells(axes, shown, scale)
+    _save(figure, path)
+
+
+def spectra_picture(
+    path: Path, values: Mapping[str, Sequence[float]], heat: Mapping[str, float]
+) -> None:
+    """Singular values of each module on the left; on the right a number of each, layer x module."""
+    shown = grid(heat)
+    figure = _figure(7.5 + 0.45 * len(shown.modules), max(4.5, 1.8 + 0.2 * len(shown.layers)))
+    left, right = figure.subplots(1, 2)
+    for singular in values.values():
+        left.semilogy(range(1, len(singular) + 1), singular, color="C0", alpha=0.25, linewidth=1)
+    left.set_xlabel("index")
+    left.set_ylabel("singular value of the change")
+    left.set_title(f"{len(values)} modules")
+    high = max((v for v in heat.values() if v == v), default=1.0)  # noqa: PLR0124 - nan is no number
+    _cells(right, shown, Scale("effective rank", 0.0, high))
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    # without pyplot no display is looked for, and nothing outlives the figure
+    return Figure(figsize=(max(4.0, width), max(3.0, height)), layout="constrained")
+
+
+def _cells(axes: Axes, shown: Grid, scale: Scale) -> None:
+    image = axes.imshow(
+        shown.values, aspect="auto", cmap="viridis", vmin=scale.low, vmax=scale.high
+    )
+    axes.set_xticks(range(len(shown.modules)), shown.modules, rotation=60, ha="right")
+    axes.set_yticks(range(len(shown.layers)), shown.layers)
+    axes.set_ylabel("layer")
+    axes.set_title(scale.title)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format=path.suffix[1:], dpi=120)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
