@@ -92,6 +92,9 @@ class Adapter:
     load_added: Callable[[str], Array]  # one of `added`: float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
+    # where factors depend on the base (VeRA's projections): the adapter with all of them, from the
+    # shapes of what it adapts by module and parameter; None where nothing is missing
+    complete: Callable[[Mapping[str, tuple[int, ...]]], Adapter] | None = None
 
 
 class Variant(Protocol):

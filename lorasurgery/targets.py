@@ -182,6 +182,7 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     """Lay one adapter upon a model; nothing is raised, all that does not fit is a problem."""
     live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
     names = Names(model.weights, [*live, *adapter.replaced, *adapter.added])
+    adapter = _completed(model, adapter, names)
     problems = list(adapter.problems)
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
@@ -207,6 +208,20 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
             added[stored] = (Whole(adapter, name, info, weight, added=True),)
     targets = {tensor: Target(tensor, tuple(of)) for tensor, of in shares.items()}
     return Resolved(targets, replaced, added, missing, tuple(problems))
+
+
+def completed(model: Model, adapter: Adapter) -> Adapter:
+    """The adapter with the factors that only the base's shapes tell."""
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    return _completed(model, adapter, Names(model.weights, live))
+
+
+def _completed(model: Model, adapter: Adapter, names: Names) -> Adapter:
+    if adapter.complete is None:
+        return adapter
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    found = {name: stored for name in live if (stored := names.find(name))}
+    return adapter.complete({n: model.weights.info(stored).shape for n, stored in found.items()})
 
 
 def unmatched(model: Model, resolved: Resolved) -> list[Problem]:

@@ -36,7 +36,21 @@ def write(
             key = f"{PREFIX}{site.module}.{end}"
             tensors[key] = (TensorInfo(key, "F32", shape), load)
     tensors |= dict(wholes(adapter))
-    save(folder, {**_config(adapter, kind), **fields}, tensors)
+    save(folder, {**config_of(adapter, kind), **fields}, tensors)
+
+
+def factor(
+    site: Site, info: TensorInfo, name: str, *, turned: bool
+) -> tuple[tuple[int, ...], Callable[[], Array]]:
+    """A factor's shape in the file, and what loads it; `turned`: it lies there on its side."""
+
+    def load() -> Array:
+        import numpy as np
+
+        found = site.load()[name]
+        return np.ascontiguousarray(found.T if turned else found, np.float32)
+
+    return info.shape[::-1] if turned else info.shape, load
 
 
 def ranks(adapter: Adapter) -> dict[str, Any]:
@@ -70,7 +84,7 @@ def one_of_all(adapter: Adapter, field: str, otherwise: Any) -> Any:
     return values.pop() if values else otherwise
 
 
-def _config(adapter: Adapter, kind: Kind) -> dict[str, Any]:
+def config_of(adapter: Adapter, kind: Kind) -> dict[str, Any]:
     carried = {"task_type", "revision", "auto_mapping", "peft_version", *kind.fields}
     whole = owners(adapter)
     named = {*whole, *(site.module for site in adapter.sites)}

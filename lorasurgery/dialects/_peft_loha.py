@@ -67,20 +67,9 @@ def write(adapter: Adapter, folder: Path) -> None:
 
 
 def _stored(site: Site) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Array]]]:
-    turned = "T1" in site.factors
-
-    def loader(name: str) -> Callable[[], Array]:
-        def load() -> Array:
-            import numpy as np
-
-            factor = site.load()[name]
-            return np.ascontiguousarray(factor.T if turned and name[0] == "B" else factor)
-
-        return load
-
     for name, info in site.factors.items():
-        shape = _turned(name, info).shape if turned else info.shape
-        yield _ENDS[name], shape, loader(name)
+        turned = "T1" in site.factors and name[0] == "B"
+        yield _ENDS[name], *writing.factor(site, info, name, turned=turned)
 
 
 def _turned(name: str, info: TensorInfo) -> TensorInfo:

@@ -34,10 +34,15 @@ def write(adapter: Adapter, folder: Path) -> None:
     save(folder, config_of(adapter), dict(_tensors(adapter)))
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+def save(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """The two files, whatever the type, a tensor at a time."""
     infos = [info for info, _ in tensors.values()]
-    header = safetensors.header_of(infos, {"format": "pt"})
+    header = safetensors.header_of(infos, {"format": "pt", **(metadata or {})})
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for info, load in tensors.values():

@@ -28,7 +28,8 @@ def merge(
     VerificationError, before the output is complete, where less than the threshold was retained;
     a rehearsal leaves that to `check`.
     """
-    plan = plan_merge(open_model(base), open_adapters(adapters), options)
+    model = open_model(base)
+    plan = plan_merge(model, open_adapters(adapters, model), options)
     if output is None:
         return rehearse(plan, how)
     if options.undo:

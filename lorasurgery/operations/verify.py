@@ -68,8 +68,9 @@ def verify(
 ) -> Verification:
     """Compare every tensor. Raises what opening the files raises; `insist` raises if it does not hold."""
     started = time.perf_counter()
-    opened = open_adapters(adapters)
-    expected = expect(open_model(base), open_model(merged), opened, options.allow_unmatched)
+    model = open_model(base)
+    opened = open_adapters(adapters, model)
+    expected = expect(model, open_model(merged), opened, options.allow_unmatched)
     least = LEAST if options.min_retained is None else options.min_retained
     findings = _check_all(expected, least, options)
     codes = any(f.power and f.tensor in expected.merged.weights.packed for f in findings)

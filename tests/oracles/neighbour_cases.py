@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from neighbours import Case
-from peft import LoHaConfig
+from peft import LoHaConfig, LoKrConfig
 
 Q0, UP1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -29,5 +29,23 @@ LOHA = [
          LoHaConfig(r=3, alpha=5, target_modules=CONV, use_effective_conv2d=True), CONVS),
 ]  # fmt: skip
 
-CASES = [*LOHA]
-NF4 = [CASES[0]]
+LOKR = [
+    Case("LoKr, both whole or one of them", "llama",
+         LoKrConfig(r=3, alpha=5, target_modules=["q_proj", "up_proj"]), (Q0, UP1)),
+    Case("LoKr, split into 2 and the rest", "llama",
+         LoKrConfig(r=3, alpha=5, target_modules=["q_proj", "up_proj"], decompose_factor=2,
+                    rank_pattern={"up_proj": 9}, alpha_pattern={"up_proj": 4}), (Q0, UP1)),
+    Case("LoKr, both factored", "llama",
+         LoKrConfig(r=2, alpha=5, target_modules=["q_proj", "up_proj"], decompose_both=True), (Q0, UP1)),
+    Case("LoKr", "bert", LoKrConfig(r=2, alpha=5, target_modules=["query", "dense"]), (QUERY,)),
+    Case("LoKr", "gpt2", LoKrConfig(r=2, alpha=5, target_modules=["lm_head"]),
+         ("transformer.wte.weight",)),
+    Case("LoKr", "t5", LoKrConfig(r=2, alpha=5, target_modules=["q", "wi"]), (T5_Q, T5_WI)),
+    Case("LoKr, whole", "convolutions", LoKrConfig(r=8, alpha=5, target_modules=CONV), CONVS),
+    Case("LoKr, flat", "convolutions", LoKrConfig(r=2, alpha=5, target_modules=CONV), CONVS),
+    Case("LoKr with cores", "convolutions",
+         LoKrConfig(r=2, alpha=5, target_modules=CONV, use_effective_conv2d=True), CONVS),
+]  # fmt: skip
+
+CASES = [*LOHA, *LOKR]
+NF4 = [LOHA[0], LOKR[1]]

@@ -1,0 +1,129 @@
+"""LoKr: ΔW = s · W₁ ⊗ W₂, a Kronecker product whose parts may be products of small factors in turn.
+
+Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, §3.2; Edalati et al. 2022 (KronA), arXiv 2212.10650.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorasurgery.adapter import AdapterConfig
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lorasurgery.adapter import A
+
+LINEAR_IN_W = True
+
+
+def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """W1 [a, b] or W1A [a, r], W1B [r, b];  W2 [c, d] or W2A [c, r], W2B [r, d];  out = a c, in = b d.
+
+    extra: decompose_factor says how out and in are split (-1: as evenly as can be), decompose_both
+    whether W1 may be factored too.
+    """
+    r, factor = config.rank, config.extra.get("decompose_factor", -1)
+    assert isinstance(factor, int)
+    (a, c), (b, d) = split(out, factor), split(in_, factor)
+    found: dict[str, tuple[int, ...]] = {"W1": (a, b)}
+    if config.extra.get("decompose_both") and 2 * r < max(a, b):
+        found = {"W1A": (a, r), "W1B": (r, b)}
+    if 2 * r < max(c, d):
+        return {**found, "W2A": (c, r), "W2B": (r, d)}
+    return {**found, "W2": (c, d)}
+
+
+def split(size: int, factor: int) -> tuple[int, int]:
+    """Two numbers whose product is size: factor and the rest, or else the largest divisor up to it."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+    small = max(n for n in range(1, most + 1) if size % n == 0)
+    return small, size // small
+
+
+def init(w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]:
+    """W₁ (or what it is made of first) is 0, so ΔW = 0; the others uniform, by their last dimension."""
+    import torch
+
+    made = {}
+    for name, shape in shapes(w.shape[0], w[0].numel(), config).items():
+        bound = 0.0 if name in ("W1", "W1A") else 1 / math.sqrt(shape[1])
+        made[name] = torch.empty(shape).uniform_(-bound, bound, generator=rng)
+    return made
+
+
+def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:  # noqa: ARG001 - free of W
+    """ΔW [out, in], a convolution's flat."""
+    w1 = factors["W1"] if "W1" in factors else factors["W1A"] @ factors["W1B"]
+    w2 = factors["W2"] if "W2" in factors else factors["W2A"] @ _w2b(factors)
+    if config.extra.get("last_dimensions"):
+        # a product over the last two of three dimensions, [c, a d, b k]: PEFT's, of a Conv1d
+        parts = w1[None, :, None, :, None] * w2[:, None, :, None, :]
+        change: A = parts.reshape(len(w1) * len(w2), -1)
+    else:
+        change = _kron(w1, w2.reshape(len(w2), -1))
+    return config.scaling * change
+
+
+def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    """X (W + ΔW)ᵀ without forming ΔW: W₁ X W₂ᵀ of each x seen as [b, d];  x [..., in] -> [..., out]."""
+    w1 = factors["W1"] if "W1" in factors else factors["W1A"] @ factors["W1B"]
+    w2 = factors["W2"] if "W2" in factors else factors["W2A"] @ factors["W2B"]
+    folded = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
+    change = (w1 @ (folded @ w2.T)).flatten(-2)
+    return x @ w.T + config.scaling * change
+
+
+def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
+    """W₁ = [1]: the split of decompose_factor 1, where W₂ has the shape of W."""
+    one = _eye(a, 1)
+    if 2 * len(a) < max(len(b), a.shape[1]):
+        return {"W1": one, "W2A": b, "W2B": a}
+    return {"W1": one, "W2": b @ a}
+
+
+def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:
+    """(P ⊗ W2A)(Q ⊗ W2B) with W₁ = P Q, where that is of less than half of W's rank."""
+    if "W2A" not in factors:
+        return None
+    w2a, w2b = factors["W2A"], _w2b(factors)
+    if "W1" in factors:
+        w1 = factors["W1"]
+        p, q = (w1, _eye(w1, w1.shape[1])) if len(w1) > w1.shape[1] else (_eye(w1, len(w1)), w1)
+    else:
+        p, q = factors["W1A"], factors["W1B"]
+    out, in_, rank = len(p) * len(w2a), q.shape[1] * w2b.shape[1], len(q) * len(w2b)
+    if 2 * rank >= min(out, in_):
+        return None
+    return _kron(q, w2b), config.scaling * _kron(p, w2a)
+
+
+def _kron(one: A, two: A) -> A:
+    """[a, b] ⊗ [c, d] = [a c, b d]."""
+    product: A = (one[:, None, :, None] * two[None, :, None, :]).reshape(len(one) * len(two), -1)
+    return product
+
+
+def _w2b(factors: Mapping[str, A]) -> A:
+    """W2B [r, d]; with a core T2 [r, r, *kernel] Σⱼ T2[:, j, kernel] W2B[j, channel], flat."""
+    w2b = factors["W2B"]
+    if "T2" not in factors:
+        return w2b
+    core = factors["T2"]
+    core = core.reshape(len(core), len(w2b), -1).swapaxes(1, 2)
+    folded: A = (core @ w2b).swapaxes(1, 2).reshape(len(core), -1)
+    return folded
+
+
+def _eye(like: A, n: int) -> A:
+    if isinstance(like, np.ndarray):
+        return np.eye(n, dtype=like.dtype)
+    import torch
+
+    return torch.eye(n, dtype=like.dtype, device=like.device)
