@@ -14,6 +14,8 @@ from small import adapter, base, tensors
 
 from lorasurgery import plugins
 
+PEFT = plugins.load("dialects", "peft").VARIANTS
+
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
@@ -49,6 +51,11 @@ def test_a_lora_there_and_back_changes_the_model_as_before(
     """Every variant that has factors for a LoRA, and those that have none say so."""
     there = tmp_path / "there"
     code, _, stderr = cli("convert", lora, "-o", there, "--to", variant, "--base", old)
+    if not any(variant in plugins.load("dialects", d).VARIANTS for d in plugins.names("dialects")):
+        assert (code, stderr.partition(": ")[2]) == (
+            2, f"--dialect peft: cannot hold {variant}. It holds {', '.join(sorted(PEFT))}.\n",
+        )  # fmt: skip
+        return
     if code:
         assert code == 1
         assert stderr.startswith(f"error: {lora}: no factors of {variant} make the change of ")
@@ -143,10 +150,26 @@ def test_bake_scale_alone_keeps_ranks(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_factors_are_written_in_the_dtype_that_is_asked_for(lora: Path, tmp_path: Path) -> None:
-    facts("convert", lora, "-o", tmp_path / "out", "--dtype", "bfloat16")
-    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+@pytest.mark.parametrize("variant", ["dora", "loha", "lora"])
+def test_factors_are_written_in_the_dtype_that_is_asked_for(
+    old: Path, lora: Path, tmp_path: Path, variant: str
+) -> None:
+    out = tmp_path / "out"
+    facts("convert", lora, "-o", out, "--dtype", "bfloat16", "--to", variant, "--base", old)
+    held = load_file(out / "adapter_model.safetensors")
     assert {t.dtype for t in held.values()} == {torch.bfloat16}
+    # 8 bits of each factor; a DoRA's magnitudes are of the whole weight, five times the change
+    assert error(old, out, lora) < 0.02
+
+
+def test_a_variant_that_is_a_product_is_pruned_as_one(lora: Path, tmp_path: Path) -> None:
+    facts("convert", lora, "-o", tmp_path / "loha", "--to", "loha")
+    found = facts("prune", tmp_path / "loha", "-o", tmp_path / "out", "--rank", 3)
+    # the nine products of three and three hold a rank of three
+    assert found["total"]["relative_error"] < 1e-6
+    for name, d in deltas(lora).items():
+        np.testing.assert_allclose(deltas(tmp_path / "out")[name], d, atol=1e-5 * np.abs(d).max())
+    assert fails("prune", tmp_path / "loha", "-o", tmp_path / "loha" / "out", "--rank", 3)[0] == 1
 
 
 def test_explain_asks_every_variant() -> None:

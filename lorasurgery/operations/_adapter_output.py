@@ -27,7 +27,7 @@ _HEADERS = 1 << 20  # config, header, surgery.json
 
 @dataclass(frozen=True, slots=True)
 class AdapterFormat:
-    """How factors are written: the layout (None: as the input was), and a float dtype of BITS."""
+    """How factors are written: the layout (None: as the input was, if it can be), and a float dtype of BITS."""
 
     dialect: str | None = None
     dtype: str = "F32"
@@ -52,7 +52,7 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
 
     Raises OutputError where it cannot be written, FormatError for what the layout cannot say.
     """
-    name = form.dialect or outcome.adapter.dialect
+    name = form.dialect or _layout_for(outcome.adapter)
     adapter = as_written(outcome.adapter, name, form.dtype)
     dialect = cast(Dialect, plugins.load("dialects", name))
     check_variants(adapter, name, dialect)
@@ -87,6 +87,14 @@ def _write(
     except BaseException:
         output.abandon()
         raise
+
+
+def _layout_for(adapter: Adapter) -> str:
+    """The layout that the input had, or else the first that can hold these variants."""
+    wanted = {site.config.variant for site in adapter.sites}
+    names = [adapter.dialect, *plugins.names("dialects")]
+    able = (n for n in names if wanted <= set(plugins.load("dialects", n).VARIANTS))
+    return next(able, adapter.dialect)
 
 
 def check_ready(output: Path | None, inputs: Mapping[str, Path], how: RunOptions) -> None:
