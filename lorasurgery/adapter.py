@@ -65,7 +65,7 @@ class Site:
     @property
     def size(self) -> tuple[int | None, int | None]:
         """W's out and in, as far as the factors tell."""
-        if self.sides != (None, None):
+        if self.sides != (None, None) or "A" not in self.factors:
             return self.sides
         return self.factors["B"].shape[-2], self.factors["A"].shape[-1]
 

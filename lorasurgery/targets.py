@@ -187,6 +187,9 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
     for name, site in zip(live, adapter.sites, strict=True):
+        if routed := _routed(site):
+            problems.append(routed)
+            continue
         parts = names.parts(name, site.size[0] or 0, site.experts)
         if not parts and not site.optional:
             missing[name] = site
@@ -208,6 +211,17 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
             added[stored] = (Whole(adapter, name, info, weight, added=True),)
     targets = {tensor: Target(tensor, tuple(of)) for tensor, of in shares.items()}
     return Resolved(targets, replaced, added, missing, tuple(problems))
+
+
+def _routed(site: Site) -> Problem | None:
+    """A problem where what a site does depends on the token."""
+    if not getattr(plugins.load("adapters", site.config.variant), "ROUTED", False):
+        return None
+    return Problem(
+        next(iter(site.factors.values())).name,
+        f"{site.module}: a router chooses among its experts for each token, so no merged weight does "
+        "the same; convert it to a static mixture first",
+    )
 
 
 def completed(model: Model, adapter: Adapter) -> Adapter:
@@ -304,7 +318,7 @@ def _is_conv1d(config: Mapping[str, Any], site: Site) -> bool:
 
 def _misfit(model: Model, site: Site, part: Part) -> Problem:
     info = model.weights.info(part.tensor)
-    if site.sides != (None, None):
+    if site.sides != (None, None) or "A" not in site.factors:
         first = next(iter(site.factors.values()))
         size = ", ".join("any" if side is None else str(side) for side in site.sides)
         return Problem(

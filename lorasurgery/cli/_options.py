@@ -6,7 +6,7 @@ A group of flags is a frozen dataclass: a command that takes one has its fields 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from lorasurgery.cli._config import use_config
 from lorasurgery.cli._sizes import size
+from lorasurgery.errors import UsageError
 
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
 FloatName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -142,6 +143,14 @@ class WritingAdapter:
         """The part that says how to run."""
         return Writing(
             self.output, self.overwrite, durable=self.durable, dry_run=self.dry_run, jobs=self.jobs
+        )
+
+
+def refuse_flags(path: Path, given: Mapping[str, object]) -> None:
+    """Raise UsageError for a flag that means nothing to an ONNX file."""
+    if named := [flag for flag, value in given.items() if value]:
+        raise UsageError(
+            f"{named[0]}: means nothing to an ONNX file, and {path} is one. Take it away."
         )
 
 

@@ -109,7 +109,11 @@ def config_of(adapter: Adapter, kind: Kind) -> dict[str, Any]:
             f"{adapter.path}: {alone[0]} is replaced alone, which PEFT's {kind.name} cannot say. "
             "Merge it, or leave it out."
         )
-    said = {"bias": "all" if alone else "none"} if "bias" in kind.fields else {}
+    said: dict[str, Any] = {}
+    if "bias" in kind.fields:
+        biases = [n for n in adapter.replaced if n.endswith(".bias")]
+        trained = [n for n in biases if n.rpartition(".")[0] not in whole]
+        said = {"bias": adapter.settings.get("bias", "all") if trained else "none"}
     return {
         "task_type": None,
         "revision": None,

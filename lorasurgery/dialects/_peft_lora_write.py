@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
+from lorasurgery.dialects import _peft_lora_config as lora
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
 from lorasurgery.tensors import TensorInfo
@@ -72,7 +73,9 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
             "them to one of them."
         )
-    kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
+    # of another layout's or another type's settings, what LoRA has too
+    known = {*lora.READ, *lora.SILENT} - set(_DERIVED) if adapter.dialect == "peft" else set()
+    kept = {k: v for k, v in adapter.settings.items() if k in known}
     return {
         "task_type": None,
         "lora_dropout": 0.0,
