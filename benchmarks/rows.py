@@ -160,6 +160,24 @@ def _merge(setting: Setting, adapter: Path, name: str) -> Row:
     return row
 
 
+def prune(setting: Setting) -> Row:
+    """One weight's change, from its factors."""
+    return _smaller(setting, "prune", "prune a LoRA of rank 64 to 16")
+
+
+def extract(setting: Setting) -> Row:
+    """One weight's change, from two weights."""
+    return _smaller(setting, "extract", "extract a LoRA of rank 16")
+
+
+def _smaller(setting: Setting, which: str, name: str) -> Row:
+    size = json.loads((setting.base / "config.json").read_text())["hidden_size"]
+    done = run((sys.executable, "-m", "benchmarks.svd_in_process", str(setting.repeats), str(size)))
+    times = json.loads(done.stdout)[which]
+    sides = Side("lorasurgery", times["ours"]), Side("torch.linalg.svd", times["peer"])
+    return Row(f"{name}, one {size} x {size} weight, in process", sides)
+
+
 def help_(setting: Setting) -> Row:
     """What a user waits for before anything happens."""
     contenders = (
@@ -182,5 +200,5 @@ def inspect(setting: Setting) -> Row:
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "nf4": nf4, "dequantize-kernel": dequantize_kernel, "merge-kernel": merge_kernel,
     "matvec-kernel": matvec_kernel, "quantize": quantize, "merge": merge,
-    "merge-dora": merge_dora, "help": help_, "inspect": inspect,
+    "merge-dora": merge_dora, "prune": prune, "extract": extract, "help": help_, "inspect": inspect,
 }  # fmt: skip

@@ -126,7 +126,9 @@ class WritingAdapter:
     ] = False
     dialect: Annotated[
         str | None,
-        typer.Option("--dialect", show_default="the input's", help="The layout to write."),
+        typer.Option(
+            "--dialect", show_default="the input's, if it can be", help="The layout to write."
+        ),
     ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],

@@ -115,7 +115,8 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
             yield key, (info, _stored(site, letter))
         if "m" in site.factors:
             key = f"{under}.lora_magnitude_vector"
-            yield key, (TensorInfo(key, "F32", _magnitudes(adapter, site)), _stored(site, "m"))
+            dtype = site.factors["m"].dtype
+            yield key, (TensorInfo(key, dtype, _magnitudes(adapter, site)), _stored(site, "m"))
     yield from wholes(adapter)
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():
