@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +10,19 @@ import numpy as np
 import pytest
 import torch
 from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
-from safetensors.torch import load_file
+from peft import (
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Variant
-from lorasurgery.dialects import kohya
+from lorasurgery.dialects import diffusers, kohya
 
 
 class Net(nn.Module):
@@ -70,10 +78,11 @@ def merged(adapter: Adapter) -> Net:
     """A plain network whose weights took the adapter's changes in."""
     net = Net().eval()
     weights = dict(net.named_parameters())
+    # of a joined name or of a path, below a part or not
     names = {name.removesuffix(".weight").replace(".", "_"): name for name in weights}
     assert adapter.sites
     for site in adapter.sites:
-        w = weights[names[site.module]]
+        w = weights[names[site.module.removeprefix("unet.").replace(".", "_")]]
         variant = cast(Variant, plugins.load("adapters", site.config.variant))
         flat = w.detach().numpy().reshape(len(w), -1)
         delta = variant.delta(flat, site.load(), site.config)
@@ -126,3 +135,50 @@ def test_a_file_of_lycoris_is_written_as_it_was(tmp_path: Path, case: str) -> No
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor)
+
+
+def configured(**options: Any) -> LoraConfig:
+    return LoraConfig(
+        r=2, lora_alpha=3, target_modules=["down_blocks.0", "down_blocks.1", "mid.proj_out"],
+        rank_pattern={"mid.proj_out": 4}, alpha_pattern={"down_blocks.1": 5}, init_lora_weights=False,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_what_diffusers_writes_by_way_of_peft_computes_the_same(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    # diffusers' save_lora_weights: the state dict and the config of each part, each name after the part's
+    config = configured(**options)
+    net = inject_adapter_in_model(config, Net()).eval()
+    for name, p in net.named_parameters():
+        p.data += 0.3 * torch.randn(p.shape) if "magnitude" in name else 0
+    wanted = net(X).detach()
+    facts = {
+        f"unet.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()
+    }
+    tensors = {f"unet.{k}": t for k, t in get_peft_model_state_dict(net).items()}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(facts, indent=2, sort_keys=True),
+    }
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    found = diffusers.read(tmp_path)
+    assert found.problems == ()
+    with torch.inference_mode():
+        assert (wanted - Net()(X)).abs().max() > 0.05
+        torch.testing.assert_close(merged(found)(X), wanted, rtol=1e-5, atol=1e-5)
+    # and what diffusers' load_lora_weights makes of ours: LoraConfig(**metadata), then the keys of the part
+    (tmp_path / "ours").mkdir()
+    diffusers.write(found, tmp_path / "ours")
+    ours = tmp_path / "ours" / "pytorch_lora_weights.safetensors"
+    with safe_open(ours, "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    again = inject_adapter_in_model(
+        LoraConfig(**{k.removeprefix("unet."): v for k, v in said.items()}), Net()
+    ).eval()
+    state = {k.removeprefix("unet."): t for k, t in load_file(ours).items()}
+    loaded = set_peft_model_state_dict(again, state)
+    assert not loaded.unexpected_keys
+    torch.testing.assert_close(again(X).detach(), wanted, rtol=1e-5, atol=1e-5)
