@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
+from merging import make_adapter, merged_by_peft
 from peft import (
     LoraConfig,
     get_peft_model_state_dict,
@@ -18,11 +22,13 @@ from peft import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import Base, tensors
 from torch import Tensor, nn
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Variant
-from lorasurgery.dialects import diffusers, kohya
+from lorasurgery.dialects import diffusers, gguf_lora, kohya, peft
 
 
 class Net(nn.Module):
@@ -182,3 +188,36 @@ def test_what_diffusers_writes_by_way_of_peft_computes_the_same(
     loaded = set_peft_model_state_dict(again, state)
     assert not loaded.unexpected_keys
     torch.testing.assert_close(again(X).detach(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_q_and_k_lie_as_those_of_the_base_do(
+    tmp_path: Path, bases: Callable[..., Base]
+) -> None:
+    # transformers' GGUF loader turns the rows of a base of llama.cpp's back: what llama.cpp adds to those,
+    # turned back alike, is what PEFT's merge of the same adapter adds
+    base = bases("llama")
+    path = make_adapter(base, tmp_path / "peft", target_modules=["q_proj", "k_proj", "up_proj"])
+    made = replace(peft.read(path), base_config=json.loads((base.path / "config.json").read_text()))
+    (tmp_path / "gguf").mkdir()
+    gguf_lora.write(made, tmp_path / "gguf")
+    reader = GGUFReader(tmp_path / "gguf" / "adapter.gguf")
+    found = {t.name: np.array(t.data) for t in reader.tensors}
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    wanted = merged_by_peft(base, (path, 1.0)).state_dict()
+    was = tensors(base.path)
+    config = made.base_config
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        for ours, theirs, heads in (
+            ("attn_q", "self_attn.q_proj", config["num_attention_heads"]),
+            ("attn_k", "self_attn.k_proj", config["num_key_value_heads"]),
+            ("ffn_up", "mlp.up_proj", None),
+        ):
+            a, b = (found[f"blk.{layer}.{ours}.weight.lora_{ab}"] for ab in "ab")
+            name = f"{at}{theirs}.weight"
+            change = np.float32(alpha / b.shape[1]) * b @ a
+            if heads is not None:
+                turn = LlamaTensorProcessor()._reverse_permute_weights
+                change = turn(change, config["num_attention_heads"], heads)
+            w = was[name] + torch.from_numpy(change)
+            torch.testing.assert_close(w, wanted[name], rtol=1e-5, atol=1e-6)
