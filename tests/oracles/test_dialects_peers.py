@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from gguf import GGUFReader
+from handmade import adapter, delta, lora
 from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from merging import make_adapter, merged_by_peft
 from peft import (
@@ -28,7 +31,7 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Variant
-from lorasurgery.dialects import diffusers, gguf_lora, kohya, peft
+from lorasurgery.dialects import diffusers, gguf_lora, kohya, ort_adapter, peft
 
 
 class Net(nn.Module):
@@ -221,3 +224,37 @@ def test_rows_of_q_and_k_lie_as_those_of_the_base_do(
                 change = turn(change, config["num_attention_heads"], heads)
             w = was[name] + torch.from_numpy(change)
             torch.testing.assert_close(w, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_session_of_onnxruntime_computes_the_adapter(tmp_path: Path) -> None:
+    # y = x W + x A B, whose A and B are inputs with initializers of rank 0
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(s).astype(np.float32) for s in ((6, 4), (3, 6)))
+    made = adapter([lora("m.q", 4, 6)])
+    ort_adapter.write(made, tmp_path)
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[n, 6] x, float[6, r] a, float[r, 4] b, float[6, 4] w) => (float[n, 4] y) {
+            plain = MatMul(x, w)
+            inner = MatMul(x, a)
+            change = MatMul(inner, b)
+            y = Add(plain, change)
+        }""")
+    names = {"a": "m.q.lora_A.weight", "b": "m.q.lora_B.weight"}
+    for value in model.graph.input:
+        value.name = names.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for name, shape in ((names["a"], (6, 0)), (names["b"], (0, 4))):
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name)
+        )
+    onnx.save(model, tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    active = onnxruntime.LoraAdapter()
+    active.Load(str(tmp_path / "adapter.onnx_adapter"))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(active)
+    feeds = {"x": x, "w": w}
+    np.testing.assert_allclose(session.run(None, feeds)[0], x @ w, rtol=1e-5, atol=1e-5)
+    wanted = x @ (w + delta(made.sites[0]).T)
+    np.testing.assert_allclose(session.run(None, feeds, options)[0], wanted, rtol=1e-5, atol=1e-4)
