@@ -41,7 +41,8 @@ class Site:
     """One adapted parameter, as the trainer saw it.
 
     `module` is the path without the trainer's prefix; `parameter` is 'weight' but for
-    target_parameters; `factors` are facts; `load` reads them as float32, W-side: A [r, in], B [out, r].
+    target_parameters; `factors` are facts, with the dtype that a dialect writes them in; `load` reads
+    them as float32, W-side: A [r, in], B [out, r].
     `layout` says how W is meant: 'linear' [out, in], 'embedding' [tokens, dim], 'parameter' as it is
     stored, 'experts' [experts, out, in] with A [experts, r, in] and B [experts, out, r], 'channels' a
     convolution's [out, in, ...] of which the factors know the channels alone.
@@ -64,7 +65,7 @@ class Site:
     @property
     def size(self) -> tuple[int | None, int | None]:
         """W's out and in, as far as the factors tell."""
-        if self.sides != (None, None):
+        if self.sides != (None, None) or "A" not in self.factors:
             return self.sides
         return self.factors["B"].shape[-2], self.factors["A"].shape[-1]
 
@@ -93,6 +94,9 @@ class Adapter:
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
     # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
     base_config: Mapping[str, Any] = field(default_factory=dict)
+    # where factors depend on the base (VeRA's projections): the adapter with all of them, from the
+    # shapes of what it adapts by module and parameter; None where nothing is missing
+    complete: Callable[[Mapping[str, tuple[int, ...]]], Adapter] | None = None
 
 
 class Variant(Protocol):

@@ -143,6 +143,10 @@ class LowRank:
         return int(self.a.shape[2])
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.a), int(self.b.shape[1]), self.columns
+
+    @property
     def rank(self) -> int:
         return int(self.a.shape[1])
 

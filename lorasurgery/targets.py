@@ -182,10 +182,14 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     """Lay one adapter upon a model; nothing is raised, all that does not fit is a problem."""
     live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
     names = Names(model.weights, [*live, *adapter.replaced, *adapter.added])
+    adapter = _completed(model, adapter, names)
     problems = list(adapter.problems)
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
     for name, site in zip(live, adapter.sites, strict=True):
+        if routed := _routed(site):
+            problems.append(routed)
+            continue
         parts = names.parts(name, site.size[0] or 0, site.experts)
         if not parts and not site.optional:
             missing[name] = site
@@ -207,6 +211,31 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
             added[stored] = (Whole(adapter, name, info, weight, added=True),)
     targets = {tensor: Target(tensor, tuple(of)) for tensor, of in shares.items()}
     return Resolved(targets, replaced, added, missing, tuple(problems))
+
+
+def _routed(site: Site) -> Problem | None:
+    """A problem where what a site does depends on the token."""
+    if not getattr(plugins.load("adapters", site.config.variant), "ROUTED", False):
+        return None
+    return Problem(
+        next(iter(site.factors.values())).name,
+        f"{site.module}: a router chooses among its experts for each token, so no merged weight does "
+        "the same; convert it to a static mixture first",
+    )
+
+
+def completed(model: Model, adapter: Adapter) -> Adapter:
+    """The adapter with the factors that only the base's shapes tell."""
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    return _completed(model, adapter, Names(model.weights, live))
+
+
+def _completed(model: Model, adapter: Adapter, names: Names) -> Adapter:
+    if adapter.complete is None:
+        return adapter
+    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
+    found = {name: stored for name in live if (stored := names.find(name))}
+    return adapter.complete({n: model.weights.info(stored).shape for n, stored in found.items()})
 
 
 def unmatched(model: Model, resolved: Resolved) -> list[Problem]:
@@ -289,7 +318,7 @@ def _is_conv1d(config: Mapping[str, Any], site: Site) -> bool:
 
 def _misfit(model: Model, site: Site, part: Part) -> Problem:
     info = model.weights.info(part.tensor)
-    if site.sides != (None, None):
+    if site.sides != (None, None) or "A" not in site.factors:
         first = next(iter(site.factors.values()))
         size = ", ".join("any" if side is None else str(side) for side in site.sides)
         return Problem(

@@ -132,7 +132,7 @@ def test_a_path_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     assert refused(tmp_path / "notes.txt") == (
         f"{tmp_path / 'notes.txt'}: no format reads .txt files. "
-        "Known: gguf, safetensors, torch_bin."
+        "Known: gguf, onnx, safetensors, torch_bin."
     )
 
 

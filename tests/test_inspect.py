@@ -391,7 +391,7 @@ def test_neither_torch_nor_numpy_is_loaded(hundred_gigabytes: Path) -> None:
     [
         (lambda _: None, "error: {}/x: no such file or directory. Check the path.\n"),
         (lambda p: p.mkdir(), "error: {}/x: no weights (.safetensors, .gguf, .bin) in it. Check the path.\n"),
-        (lambda p: p.write_text("x"), "error: {}/x: no format reads this files. Known: gguf, safetensors, torch_bin.\n"),
+        (lambda p: p.write_text("x"), "error: {}/x: no format reads this files. Known: gguf, onnx, safetensors, torch_bin.\n"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_inspected_is_one_line(

@@ -14,12 +14,17 @@ from lorasurgery import plugins
 from lorasurgery.arrays import from_torch
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import (
+    adalora_importance,
+    dora_norm,
+    dora_output,
     double_dequantize,
     double_quantize,
+    lora_adamw,
     lora_delta,
     lora_merge,
     nf4_dequantize,
     nf4_error,
+    nf4_matvec,
     nf4_quantize,
 )
 from lorasurgery.kernels.nf4_dequantize import NF4
@@ -29,7 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = plugins.names("kernels")
-LAUNCHED = ["double_dequantize", "double_quantize", "nf4_dequantize", "nf4_quantize"]
+LAUNCHED = [
+    "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
+    "nf4_dequantize", "nf4_merge", "nf4_quantize",
+]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
 
@@ -147,6 +155,44 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
             "lora_merge: int8 is not one of bfloat16, float16, float32. Convert the weight first.",
         ),
         (
+            lambda: adalora_importance.run(*[np.zeros((4, 7), F4)] * 3, np.zeros((4, 6), F4), 1),
+            "adalora_importance: factor, gradient and state are [[4, 7], [4, 7], [4, 7], [4, 6]] of "
+            "float32 with axis 1, but four float32 [rows, cols] of one shape and axis 0 or 1 are "
+            "needed. Convert them.",
+        ),
+        (
+            lambda: lora_adamw.run(*[np.zeros(4, F4)] * 3, np.zeros(4, BF), 1, 1, lora_adamw.Rates(1)),
+            "lora_adamw: factors, gradient and moments are [[4], [4], [4], [4]] of bfloat16, float32, "
+            "but four flat float32 of one size are needed. Flatten and convert them.",
+        ),
+        (
+            lambda: lora_adamw.run(*[np.zeros(4, F4)] * 4, 5, 0, lora_adamw.Rates(1)),
+            "lora_adamw: split 5 is not in 0..4, or step 0 is below 1. Count the elements of all A, "
+            "and steps from 1.",
+        ),
+        (
+            lambda: dora_norm.run(np.zeros((4, 7), BF), np.zeros((2, 6), F4), np.zeros((4, 2), F4)),
+            "dora_norm: W is [4, 7], but B A is [4, 6]. Is this adapter for another base model?",
+        ),
+        (
+            lambda: dora_norm.run(torch.zeros(4, 6).int(), torch.zeros(2, 6), torch.zeros(4, 2)),
+            "dora_norm: int32 is not one of bfloat16, float16, float32. Convert the weight first.",
+        ),
+        (
+            lambda: dora_output.run(np.zeros((2, 3), F4), np.zeros((2, 3), BF), np.ones(3, F4), np.ones(3, F4)),
+            "dora_output: the base's output is float32 [2, 3] and the adapter's bfloat16 [2, 3], but "
+            "both must be one [n, out]. Reshape or convert them.",
+        ),
+        (
+            lambda: dora_output.run(np.zeros((2, 3), F4), np.zeros((2, 3), F4), np.ones(2, F4), np.ones(3, F4)),
+            "dora_output: magnitudes are float32 [2] and norms float32 [3], but float32 [3] is "
+            "needed. Is the adapter for this layer?",
+        ),
+        (
+            lambda: dora_output.run(np.zeros((2, 3)), np.zeros((2, 3)), np.ones(3, F4), np.ones(3, F4)),
+            "dora_output: float64 is not one of bfloat16, float16, float32. Convert the outputs first.",
+        ),
+        (
             lambda: nf4_quantize.run(np.zeros((2, 32), F4), 32),
             "nf4_quantize: the weight is float32 [2, 32], but flat bfloat16, float16, float32 are "
             "needed. Flatten or convert it.",
@@ -184,6 +230,16 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
             lambda: nf4_error.run(np.zeros(64, F4), np.zeros(31, U1), np.zeros(1, F4), 64),
             "nf4_error: 64 weights in blocks of 64 have 32 bytes of codes and 1 scales, but "
             "there are [31] and [1]. Check the quantization state.",
+        ),
+        (
+            lambda: nf4_matvec.run(np.zeros(64, F4), np.zeros(32, U1), np.zeros(1, F4), 64, 1, NF4),
+            "nf4_matvec: x is float32 [64], but [m, in] of bfloat16, float16, float32 is needed. "
+            "Reshape or convert it.",
+        ),
+        (
+            lambda: nf4_matvec.run(np.zeros((1, 64), F4), np.zeros(32, U1), np.zeros(1, F4), 64, 2, NF4),
+            "nf4_matvec: 128 weights in blocks of 64 have 64 bytes of codes and 2 scales, but "
+            "there are [32] and [1]. Check the quantization state.",
         ),
         (
             lambda: double_quantize.run(np.zeros(0, F4)),

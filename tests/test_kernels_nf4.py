@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lorasurgery.kernels import (
+    _nf4_lookup,
     double_dequantize,
     double_quantize,
     nf4_dequantize,
@@ -141,6 +142,20 @@ def test_what_is_a_level_stays_it_by_chance_too():
     for seed in range(20):
         codes, _ = nf4_quantize.run(np.tile(NF4, 64), 64, None, seed)
         np.testing.assert_array_equal(unpack(codes, 1024), np.tile(np.arange(16), 64))
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 256, 1000])
+def test_codes_are_looked_up_alike_by_permutation_and_by_table(n, monkeypatch):
+    codes = np.random.default_rng(n).permutation(np.arange(n) % 256).astype(np.uint8)
+    pairs = nf4_dequantize.pairs(NF4.tobytes())
+    want = NF4[unpack(codes, 2 * n)]
+    compiled, plain = np.zeros((2, n + 1), np.uint64)
+    _nf4_lookup.look_up(codes, pairs, compiled)
+    monkeypatch.setattr(_nf4_lookup, "WIDE", False)
+    _nf4_lookup.look_up.py_func(codes, pairs, plain)
+    for got in (compiled, plain):
+        np.testing.assert_array_equal(got[:n].view(np.float32), want)
+        assert got[n] == 0
 
 
 def test_errors_of_tiles_add_up():

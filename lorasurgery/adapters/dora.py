@@ -41,7 +41,7 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
     """ΔW = (m / ‖V‖) V - W [out, in]."""
     v: A = (config.scaling * factors["B"]) @ factors["A"]
     v += w
-    change: A = _gain(v, factors["m"]) * v
+    change: A = gain(v, factors["m"]) * v
     change -= w
     return change
 
@@ -50,10 +50,10 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
     """X W'ᵀ: x [..., in] -> [..., out]; no gradient flows through the norm."""
     m = factors["m"]
     v = w + config.scaling * factors["B"] @ factors["A"]
-    gain = _gain(v.detach(), m)
+    g = gain(v.detach(), m)
     if m.shape[-1] != 1:
-        return x @ (gain * v).T
-    return gain.T * (x @ w.T + config.scaling * (x @ factors["A"].T) @ factors["B"].T)
+        return x @ (g * v).T
+    return g.T * (x @ w.T + config.scaling * (x @ factors["A"].T) @ factors["B"].T)
 
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:
@@ -65,11 +65,11 @@ def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> None:
     """None: the gain changes W itself, with all its rank."""
 
 
-def _gain(v: A, m: A) -> A:
+def gain(v: A, m: A) -> A:
     """M / ‖V‖; where V is zero, anything that is finite."""
     norm = _norm(v, -1 if m.shape[-1] == 1 else -2)
-    gain: A = m / (norm + (norm == 0))
-    return gain
+    found: A = m / (norm + (norm == 0))
+    return found
 
 
 def _norm(v: A, axis: int) -> A:

@@ -46,6 +46,8 @@ COLUMNS = {
     "noise": Column("noise", _fixed),
     "retained_signal": Column("retained", _fixed, _farthest_from_one),
     "rank": Column("rank", _number),
+    "rank_before": Column("rank before", _number),
+    "energy": Column("energy kept", _percent, min),
     "replaced": Column("replaced", show_count, None),
     "restored": Column("restored", show_count, None),
     # totals alone
@@ -62,7 +64,7 @@ COLUMNS = {
 HIDDEN = {"error2", "norm2", "signal", "power", "noise2"}
 
 # what is said of the whole, before all else
-TOTALS_FIRST = ("tensors", "retained", "noise", "relative_error", "max_error")
+TOTALS_FIRST = ("tensors", "modules", "retained", "noise", "relative_error", "max_error")
 
 
 def column(metric: str) -> Column:

@@ -6,7 +6,7 @@ A group of flags is a frozen dataclass: a command that takes one has its fields 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 from lorasurgery.cli._config import use_config
 from lorasurgery.cli._sizes import size
+from lorasurgery.errors import UsageError
 
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
 FloatName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -30,6 +31,17 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="GLOB", help="Leave these tensors alone; repeatable."),
 ]
+RanksAllowed = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks-allowed", metavar="8,16,...", help="Ranks that the result's modules may have."
+    ),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="SHARE", help="Keep this share of the change's energy."),
+]
+Rank = Annotated[int | None, typer.Option("--rank", help="Ranks up to this one.")]
 AllowUnmatched = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,6 +108,48 @@ class Writing:
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
     ] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WritingAdapter:
+    """Where an adapter is written, and how."""
+
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Directory to write.")
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Wait until the disk has everything (fsync).")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compute the report, write nothing.")
+    ] = False
+    dialect: Annotated[
+        str | None,
+        typer.Option("--dialect", show_default="the input's", help="The layout to write."),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Float dtype of the factors."),
+    ] = "float32"
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
+    ] = 0
+
+    @property
+    def run(self) -> Writing:
+        """The part that says how to run."""
+        return Writing(
+            self.output, self.overwrite, durable=self.durable, dry_run=self.dry_run, jobs=self.jobs
+        )
+
+
+def refuse_flags(path: Path, given: Mapping[str, object]) -> None:
+    """Raise UsageError for a flag that means nothing to an ONNX file."""
+    if named := [flag for flag, value in given.items() if value]:
+        raise UsageError(
+            f"{named[0]}: means nothing to an ONNX file, and {path} is one. Take it away."
+        )
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,8 @@ import re
 
 import typer
 
+from lorasurgery.errors import ValueRangeError
+
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B", re.IGNORECASE)
 
@@ -19,6 +21,32 @@ def size(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} is no size. Write it as 512MB or 2GiB.")
     number, power, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** _POWERS[power.upper()])
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)", re.IGNORECASE)
+
+
+def count(text: str) -> int:
+    """Parameters: 500000, 2.5M. Raises ValueRangeError for what is neither that nor a size."""
+    found = _COUNT.fullmatch(text.strip())
+    if not found:
+        raise ValueRangeError(
+            f"{text!r} is no number of parameters and no size. Write it as 2.5M or 40MiB."
+        )
+    return int(float(found[1]) * 1000 ** _POWERS[found[2].upper()])
+
+
+def is_size(text: str) -> bool:
+    """Whether the text says bytes."""
+    return bool(_SIZE.fullmatch(text.strip()))
+
+
+def ranks(text: str | None) -> tuple[int, ...]:
+    """A list of ranks: 8,16,32. Raises ValueRangeError."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if bad := [part for part in parts if not part.isdecimal()]:
+        raise ValueRangeError(f"--ranks-allowed: {bad[0]!r} is no rank. Write them as 8,16,32.")
+    return tuple(map(int, parts))
 
 
 def show_bytes(n: float) -> str:

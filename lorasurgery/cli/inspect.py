@@ -73,6 +73,8 @@ def _facts(found: Inspection) -> Iterable[tuple[str, str]]:
         yield "quantization", _quantization(found.quantization)
     if found.adapter:
         yield from _adapter(found.adapter)
+    if found.graph:
+        yield from _graph(found.graph)
     if found.surgery:
         inputs = " ".join(found.surgery["inputs"].values())
         yield "made by", f"lorasurgery {found.surgery['operation']} {inputs}"
@@ -101,6 +103,26 @@ def _adapter(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if facts["modules_to_save"]:
         yield "replaced", _list(facts["modules_to_save"])
     yield "base", facts["base"] or "not recorded"
+
+
+def _graph(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    opsets = _list(f"{domain} {version}" for domain, version in facts["opsets"].items())
+    yield (
+        "exported by",
+        f"{facts['producer'] or 'not recorded'}, IR {facts['ir_version']}, {opsets}",
+    )
+    for name, kind in facts["inputs"].items():
+        yield "input", f"{name} {kind}"
+    for name, kind in facts["outputs"].items():
+        yield "output", f"{name} {kind}"
+    yield "operators", _list(f"{op} x{count}" for op, count in facts["operators"].items())
+    yield "linear weights", str(facts["linear_weights"])
+    for kind, count in facts["quantized_products"].items():
+        yield "quantized", f"{kind}: {count} nodes"
+    if facts["external_files"]:
+        yield "data in", _list(facts["external_files"])
+    if facts["sparse_initializers"]:
+        yield "sparse", f"{facts['sparse_initializers']} initializers, not shown below"
 
 
 def _list(values: Iterable[object]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorasurgery.cli._options import AllowUnmatched, Base, Dtype, Printing, Writing
+from lorasurgery.cli._options import AllowUnmatched, Base, Dtype, Printing, Writing, refuse_flags
 from lorasurgery.cli._report import carry_out
 from lorasurgery.errors import UsageError
 
@@ -55,6 +55,12 @@ def command(
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw what was kept, layer by layer."),
     ] = None,
+    map_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--map", metavar="FILE", help="Of an ONNX base: YAML of module: initializer or node."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     allow_unmatched: AllowUnmatched = None,
     *,
@@ -66,6 +72,7 @@ def command(
     Example:
 
         lorasurgery merge org/model my-lora -o merged --undo merged.undo
+        lorasurgery merge model.onnx my-lora -o merged.onnx
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations._merge_edits import Rounding
@@ -76,7 +83,30 @@ def command(
 
     if rounding == "stochastic" and seed is None:
         raise UsageError("--rounding stochastic: needs --seed N, so that it can be repeated.")
-    by_chance = rounding == "stochastic" or requantize == "stochastic"
+    by_chance = "stochastic" in (rounding, requantize)
+    source = resolve(base)
+    if source.suffix == ".onnx":
+        from lorasurgery.export._onnx_modules import read_map
+        from lorasurgery.operations.merge_onnx import OnnxMergeOptions, merge_onnx
+
+        foreign = {
+            "--base-view": base_view != "dequantized", "--original": original, "--undo": undo,
+            "--requantize": requantize, "--tied": tied != "auto", "--plot": plot,
+            "--dtype": dtype != "auto",
+        }  # fmt: skip
+        refuse_flags(source, foreign)
+        onnx = OnnxMergeOptions(
+            read_map(map_file) if map_file else {},
+            tuple(allow_unmatched or ()),
+            Rounding(seed if by_chance else None),
+            min_retained,
+        )
+        carry_out(
+            lambda output, how: merge_onnx(source, adapter, output, onnx, how), writing, printing
+        )
+        return
+    if map_file:
+        raise UsageError(f"--map: needs an ONNX file, and {source} is none. Take it away.")
     options = MergeOptions(
         dtype=DTYPE_NAMES.get(dtype),
         tied=tied,
@@ -91,7 +121,6 @@ def command(
     )
     if plot:
         check_file(plot)
-    source = resolve(base)
     report = carry_out(
         lambda output, how: merge(source, adapter, output, options, how), writing, printing
     )

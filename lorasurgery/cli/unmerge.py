@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorasurgery.cli._options import AllowUnmatched, Printing, Writing
+from lorasurgery.cli._options import AllowUnmatched, Printing, Writing, refuse_flags
 from lorasurgery.cli._report import carry_out
+from lorasurgery.errors import UsageError
 
 
 def command(
@@ -26,6 +27,12 @@ def command(
         Literal["auto", "shared", "untie"],
         typer.Option("--tied", help="As it was merged; the undo file knows."),
     ] = "auto",
+    map_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--map", metavar="FILE", help="Of an ONNX model: YAML of module: initializer or node."
+        ),
+    ] = None,
     allow_unmatched: AllowUnmatched = None,
     *,
     writing: Writing,
@@ -43,5 +50,18 @@ def command(
     from lorasurgery.operations.unmerge import UnmergeOptions, unmerge
 
     source = resolve(merged)
+    if source.suffix == ".onnx":
+        from lorasurgery.export._onnx_modules import read_map
+        from lorasurgery.operations.merge_onnx import OnnxMergeOptions, merge_onnx
+
+        refuse_flags(source, {"--undo": undo, "--tied": tied != "auto"})
+        given = read_map(map_file) if map_file else {}
+        onnx = OnnxMergeOptions(given, tuple(allow_unmatched or ()), out=True)
+        carry_out(
+            lambda output, how: merge_onnx(source, adapter, output, onnx, how), writing, printing
+        )
+        return
+    if map_file:
+        raise UsageError(f"--map: needs an ONNX file, and {source} is none. Take it away.")
     options = UnmergeOptions(undo, tied, tuple(allow_unmatched or ()))
     carry_out(lambda output, how: unmerge(source, adapter, output, options, how), writing, printing)

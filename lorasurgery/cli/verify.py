@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,12 @@ def command(
         ),
     ] = None,
     allow_unmatched: AllowUnmatched = None,
+    map_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--map", metavar="FILE", help="Of ONNX files: YAML of module: initializer or node."
+        ),
+    ] = None,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=0, help="Threads; 0 takes every processor.")
     ] = 0,
@@ -51,11 +58,13 @@ def command(
 
         lorasurgery verify merged --base org/model --adapter my-lora
     """
+    from lorasurgery.export._onnx_modules import read_map
     from lorasurgery.model import resolve
     from lorasurgery.operations.verify import VerifyOptions, insist, verify
 
     with progress_bar(quiet=printing.quiet) as progress:
-        options = VerifyOptions(min_retained, tuple(allow_unmatched or ()), jobs, progress)
+        allowed, names = tuple(allow_unmatched or ()), read_map(map_file) if map_file else {}
+        options = VerifyOptions(min_retained, allowed, jobs, progress, names)
         found = verify(resolve(merged), resolve(base), adapter, options)
     emit(_facts(found), lambda: _text(found, printing), printing)
     insist(found)

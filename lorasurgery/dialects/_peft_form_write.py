@@ -36,7 +36,7 @@ def write(
             key = f"{PREFIX}{site.module}.{end}"
             tensors[key] = (TensorInfo(key, "F32", shape), load)
     tensors |= dict(wholes(adapter))
-    save(folder, {**_config(adapter, kind), **fields}, tensors)
+    save(folder, {**config_of(adapter, kind), **fields}, tensors)
 
 
 def factor(
@@ -84,7 +84,7 @@ def one_of_all(adapter: Adapter, field: str, otherwise: Any) -> Any:
     return values.pop() if values else otherwise
 
 
-def _config(adapter: Adapter, kind: Kind) -> dict[str, Any]:
+def config_of(adapter: Adapter, kind: Kind) -> dict[str, Any]:
     carried = {"task_type", "revision", "auto_mapping", "peft_version", *kind.fields}
     whole = owners(adapter)
     named = {*whole, *(site.module for site in adapter.sites)}
@@ -94,7 +94,11 @@ def _config(adapter: Adapter, kind: Kind) -> dict[str, Any]:
             f"{adapter.path}: {alone[0]} is replaced alone, which PEFT's {kind.name} cannot say. "
             "Merge it, or leave it out."
         )
-    said = {"bias": "all" if alone else "none"} if "bias" in kind.fields else {}
+    said: dict[str, Any] = {}
+    if "bias" in kind.fields:
+        biases = [n for n in adapter.replaced if n.endswith(".bias")]
+        trained = [n for n in biases if n.rpartition(".")[0] not in whole]
+        said = {"bias": adapter.settings.get("bias", "all") if trained else "none"}
     return {
         "task_type": None,
         "revision": None,

@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, AdapterConfig, Site
-from lorasurgery.adapters.lokr import shapes
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.dialects import _peft_form_read as form
 from lorasurgery.dialects import _peft_form_write as writing
@@ -97,8 +97,8 @@ def _makes(site: Site, factor: int, *, both: bool) -> bool:
         "lokr", site.config.rank, 1.0, extra={_SPLIT[0]: factor, _SPLIT[1]: both}
     )
     out, in_ = _sides(site.factors)
-    made = shapes(out, in_, config)
-    return made == {name: info.shape for name, info in site.factors.items()}
+    made = plugins.load("adapters", "lokr").shapes(out, in_, config)
+    return bool(made == {name: info.shape for name, info in site.factors.items()})
 
 
 def _stored(site: Site) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Array]]]:

@@ -17,21 +17,21 @@ from lorasurgery.plugins import suggestion
 from lorasurgery.problems import Problem
 
 # fields that say how weights are to be merged
-_READ = {
+READ = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern",
     "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "target_parameters", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights",
     "use_dora",
 }  # fmt: skip
 # fields of training and bookkeeping: whatever they hold, the merged weights are the same
-_SILENT = {
+SILENT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     "velora_config", "enable_lora", "merge_weights",
 }  # fmt: skip
 # fields that change what the factors mean; only a neutral value is understood
-_REFUSED = {
+REFUSED = {
     "use_qalora": "its A works on pooled inputs",
     "alora_invocation_tokens": "it acts on some tokens alone, so no merged weight does the same",
     "arrow_config": "a router chooses among adapters for each token",
@@ -50,7 +50,7 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
     """The fields that nobody knows. Raises what no flag allows: a changed meaning."""
-    for field, reason in _REFUSED.items():
+    for field, reason in REFUSED.items():
         if config.get(field):
             raise MatchError(
                 f"{path}: {field} is {config[field]!r}: {reason}. Merge it with PEFT itself."
@@ -66,7 +66,7 @@ def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
             f"{path}: init_lora_weights is {start!r}: its factors belong to a base that was changed "
             "at the start of training. Save it with path_initial_model_for_weight_conversion."
         )
-    known = {*_READ, *_SILENT, *_REFUSED}
+    known = {*READ, *SILENT, *REFUSED}
     return [
         Problem(
             field,

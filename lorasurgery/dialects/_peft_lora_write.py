@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import Adapter, Site
+from lorasurgery.dialects import _peft_lora_config as lora
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
 from lorasurgery.tensors import TensorInfo
@@ -34,10 +35,15 @@ def write(adapter: Adapter, folder: Path) -> None:
     save(folder, config_of(adapter), dict(_tensors(adapter)))
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+def save(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """The two files, whatever the type, a tensor at a time."""
     infos = [info for info, _ in tensors.values()]
-    header = safetensors.header_of(infos, {"format": "pt"})
+    header = safetensors.header_of(infos, {"format": "pt", **(metadata or {})})
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for info, load in tensors.values():
@@ -67,8 +73,9 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
             "them to one of them."
         )
-    kept = {k: v for k, v in adapter.settings.items() if k not in _DERIVED}
-    kept = kept if adapter.dialect == "peft" else {}
+    # of another layout's or another type's settings, what LoRA has too
+    known = {*lora.READ, *lora.SILENT} - set(_DERIVED) if adapter.dialect == "peft" else set()
+    kept = {k: v for k, v in adapter.settings.items() if k in known}
     return {
         "task_type": None,
         "lora_dropout": 0.0,
@@ -101,7 +108,7 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
             embedding = site.layout == "embedding"
             key = f"{under}.lora_{'embedding_' if embedding else ''}{letter}"
             key += "" if embedding else ".weight"
-            info = TensorInfo(key, "F32", _stored_shape(site, letter))
+            info = TensorInfo(key, site.factors[letter].dtype, _stored_shape(site, letter))
             yield key, (info, _stored(site, letter))
         if "m" in site.factors:
             key = f"{under}.lora_magnitude_vector"
@@ -154,6 +161,8 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
     def load() -> Array:
         import numpy as np
 
+        from lorasurgery.arrays import NUMPY
+
         factors = site.load()
         if letter == "m":
             data = factors["m"]
@@ -165,7 +174,7 @@ def _stored(site: Site, letter: str) -> Callable[[], Array]:
             data = factors["B"].transpose(1, 2, 0).reshape(factors["B"].shape[1], -1)
         else:
             data = factors[letter]
-        return np.ascontiguousarray(data, np.float32)
+        return np.ascontiguousarray(data).astype(NUMPY[site.factors[letter].dtype], copy=False)
 
     return load
 

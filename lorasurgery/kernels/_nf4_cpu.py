@@ -12,6 +12,7 @@ import numpy as np
 
 from lorasurgery.kernels._chance_cpu import uniform
 from lorasurgery.kernels._floats import load, nearest
+from lorasurgery.kernels._nf4_lookup import look_up
 from lorasurgery.kernels._numba import inner, jit
 
 SPAN = 4096  # weights; a multiple of every block size
@@ -66,7 +67,7 @@ def dequantize(codes: Any, absmax: Any, block: Any, pairs: Any, out: Any) -> Any
     x = values.view(f4)
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
-        _look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
+        look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
         for at in range(0, size, block):
             scale = absmax[(start + at) // block]
             source, target = x[at:], out[start + at : start + min(at + block, size)]
@@ -83,7 +84,7 @@ def error(flat: Any, codes: Any, absmax: Any, block: Any, pairs: Any) -> Any:
     error2 = norm2 = 0.0
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
-        _look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
+        look_up(codes[start // 2 : (start + size + 1) // 2], pairs, values)
         for at in range(0, size, width):
             scale = absmax[(start + at) // block]
             source = flat[start + at : start + min(at + width, size)]
@@ -162,13 +163,6 @@ def _pack(nibbles: Any, codes: Any) -> Any:
     """The earlier weight of two in the high half."""
     for j in range(len(codes)):
         codes[j] = i1(i1(nibbles[2 * j] << 4) | nibbles[2 * j + 1])
-
-
-@inner
-def _look_up(codes: Any, pairs: Any, values: Any) -> Any:
-    """Two weights at a time, as one 64-bit word."""
-    for j in range(len(codes)):
-        values[j] = pairs[codes[j]]
 
 
 @inner

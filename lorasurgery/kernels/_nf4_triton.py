@@ -19,7 +19,7 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _code(x, table, k1, k2, index, CHANCE: tl.constexpr):  # type: ignore[no-untyped-def]
+def code_of(x, table, k1, k2, index, CHANCE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The nearest entry's index, or by chance one of the two neighbours'."""
     code = tl.zeros_like(x).to(tl.int32)
     for k in tl.static_range(15):
@@ -38,6 +38,31 @@ def _code(x, table, k1, k2, index, CHANCE: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def bfloat_bits(x):  # type: ignore[no-untyped-def]
+    """float32 to the nearest bfloat16, ties to even, as an int32 of its bits."""
+    bits = x.to(tl.int32, bitcast=True)
+    up = bits + 0x7FFF + ((bits >> 16) & 1)
+    return tl.where(x == x, up >> 16, 0x7FC0)  # noqa: PLR0124 - nan alone differs from itself
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def largest_of(x0, x1, whole):  # type: ignore[no-untyped-def]
+    """A block's scale from its even and odd weights; as integers, nan is larger than inf, than any number."""
+    bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scale = tl.max(tl.maximum(bits0, bits1), axis=1).to(tl.float32, bitcast=True)
+    return tl.where((scale < 1e-38) & (whole == 0), 1e-38, scale)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def normalized(x, scale, whole):  # type: ignore[no-untyped-def]
+    """By the reciprocal in whole blocks, a division in a short last one."""
+    scale = tl.where(tl.abs(scale) < 1e-38, 1e-38, scale)[:, None]
+    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+    return tl.where(whole[:, None], x * inverse, tl.div_rn(x, scale + tl.zeros_like(x)))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def quantize(  # type: ignore[no-untyped-def]
     flat, absmax, codes, table, n, first, k1, k2,
     KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -52,19 +77,11 @@ def quantize(  # type: ignore[no-untyped-def]
     if KEEP:
         scale = tl.load(absmax + row, mask=starts, other=1.0)
     else:
-        # as integers, nan is larger than inf, which is larger than any number
-        bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        largest = tl.max(tl.maximum(bits0, bits1), axis=1)
-        scale = largest.to(tl.float32, bitcast=True)
-        scale = tl.where((scale < 1e-38) & (whole == 0), 1e-38, scale)
+        scale = largest_of(x0, x1, whole)
         tl.store(absmax + row, scale, mask=starts)
-    scale = tl.where(tl.abs(scale) < 1e-38, 1e-38, scale)[:, None]
-    inverse = tl.div_rn(tl.full((ROWS, 1), 1.0, tl.float32), scale)
-    x0 = tl.where(whole[:, None], x0 * inverse, tl.div_rn(x0, scale + tl.zeros_like(x0)))
-    x1 = tl.where(whole[:, None], x1 * inverse, tl.div_rn(x1, scale + tl.zeros_like(x1)))
-    c0 = _code(x0, table, k1, k2, first + even, CHANCE)
-    c1 = _code(x1, table, k1, k2, first + even + 1, CHANCE)
+    x0, x1 = normalized(x0, scale, whole), normalized(x1, scale, whole)
+    c0 = code_of(x0, table, k1, k2, first + even, CHANCE)
+    c1 = code_of(x1, table, k1, k2, first + even + 1, CHANCE)
     tl.store(codes + even // 2, (c0 * 16 + c1).to(tl.uint8), mask=even < n)
 
 
@@ -79,9 +96,6 @@ def dequantize(  # type: ignore[no-untyped-def]
     code = tl.where(index % 2 == 0, byte >> 4, byte & 15)
     x = tl.load(table + code) * tl.load(absmax + index // BLOCK, mask=mask, other=0.0)
     if BFLOAT:
-        bits = x.to(tl.int32, bitcast=True)
-        up = bits + 0x7FFF + ((bits >> 16) & 1)
-        rounded = tl.where(x == x, up >> 16, 0x7FC0)  # noqa: PLR0124 - nan alone differs
-        tl.store(out + index, rounded.to(tl.int16), mask=mask)
+        tl.store(out + index, bfloat_bits(x).to(tl.int16), mask=mask)
     else:
         tl.store(out + index, x.to(out.dtype.element_ty), mask=mask)

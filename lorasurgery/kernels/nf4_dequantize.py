@@ -44,11 +44,7 @@ def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data
 
     """
     check(n, codes, absmax, block, "nf4_dequantize")
-    if tuple(table.shape) != (16,) or dtype_name(table.dtype) != "float32":
-        raise ShapeError(
-            f"nf4_dequantize: the table is {dtype_name(table.dtype)} {list(table.shape)}, but "
-            "float32 [16] is needed. Restore the file."
-        )
+    check_table(table, "nf4_dequantize")
     if dtype_name(dtype) not in FLOATS:
         raise ShapeError(
             f"nf4_dequantize: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. "
@@ -64,6 +60,15 @@ def check_block(block: int, kernel: str) -> None:
         raise ShapeError(
             f"{kernel}: block size {block} is not a power of two from 2 to {MAX_BLOCK}. "
             "Check the quantization state."
+        )
+
+
+def check_table(table: Any, kernel: str) -> None:
+    """Raises ShapeError unless it names a float32 for each code."""
+    if tuple(table.shape) != (16,) or dtype_name(table.dtype) != "float32":
+        raise ShapeError(
+            f"{kernel}: the table is {dtype_name(table.dtype)} {list(table.shape)}, but "
+            "float32 [16] is needed. Restore the file."
         )
 
 

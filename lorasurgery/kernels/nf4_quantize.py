@@ -21,8 +21,9 @@ from lorasurgery.kernels.nf4_dequantize import NF4
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-_MIDDLES = (NF4[1:] + NF4[:-1]) / np.float32(2)
-_LEVELS = np.stack([NF4, np.append(np.diff(NF4), np.float32(0))])  # and the gap above each
+MIDDLES = (NF4[1:] + NF4[:-1]) / np.float32(2)
+# and the gap above each
+LEVELS = np.stack([NF4, np.append(np.diff(NF4), np.float32(0))])
 TINY = 1e-38  # a smaller scale counts as this, so that its reciprocal is finite
 
 
@@ -96,10 +97,10 @@ def cpu(
     scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax.copy()
     codes = np.empty(-(-len(flat) // 2), np.uint8)
     if seed is None:
-        quantize(source(flat), block, _MIDDLES, keep, scales, codes)
+        quantize(source(flat), block, MIDDLES, keep, scales, codes)
     else:
         chance = (*keys(seed), np.uint64(offset))
-        quantize_by_chance(source(flat), block, _LEVELS, keep, scales, codes, chance)
+        quantize_by_chance(source(flat), block, LEVELS, keep, scales, codes, chance)
     return codes, scales
 
 

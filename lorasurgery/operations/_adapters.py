@@ -10,17 +10,19 @@ from typing import cast
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.errors import FormatError
-from lorasurgery.model import resolve
+from lorasurgery.model import Model, resolve
+from lorasurgery.targets import completed
 
 _WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
 
 
-def open_adapters(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
+def open_adapters(texts: Sequence[str], base: Model | None = None) -> list[tuple[Adapter, float]]:
     """Each adapter with its weight, 1 unless `:0.5` stands after it; headers alone are read.
 
-    Raises FormatError for a path that holds no adapter, and what its dialect raises.
+    What depends on a base's shapes is taken from `base`. Raises FormatError for a path that holds no adapter, and what its dialect raises.
     """
-    return [(open_adapter(resolve(name)), weight) for name, weight in map(split_weight, texts)]
+    opened = [(open_adapter(resolve(name)), weight) for name, weight in map(split_weight, texts)]
+    return [(completed(base, a) if base else a, weight) for a, weight in opened]
 
 
 def split_weight(text: str) -> tuple[str, float]:

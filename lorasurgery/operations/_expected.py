@@ -14,6 +14,7 @@ from lorasurgery.change import Change
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.operations._compare import differing_whole
+from lorasurgery.operations._right_base import check_base
 from lorasurgery.problems import refuse
 from lorasurgery.targets import Resolved, Share, Target, Whole
 from lorasurgery.tied import settle, tied_pair
@@ -83,6 +84,7 @@ def expect(
     where = ", ".join(str(adapter.path) for adapter, _ in adapters)
     problems = [*resolved.problems, *targets.unmatched(base, resolved)]
     left = refuse(where, problems, allowed)
+    check_base(base, resolved)
     notes = [f"left out: {problem.message}." for problem in left]
     residual = _residual(merged)
     if residual:

@@ -1,7 +1,6 @@
 """A small LoRA beside a requantized weight: the best rank-k part of what requantization lost.
 
-The SVD of the loss, truncated (Eckart and Young 1936) and found by subspace iteration from random
-directions (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, Alg. 4.4 and 5.1), in PEFT's layout.
+The SVD of the loss, truncated (Eckart and Young 1936), in PEFT's layout.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.change import LowRank
 from lorasurgery.checkpoint import SCRATCH
 from lorasurgery.formats import safetensors
+from lorasurgery.operations._svd import of_matrix
 from lorasurgery.operations._undo_record import file_name
 from lorasurgery.tensors import TensorInfo
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 FOLDER = "residual_adapter"
 _SCRATCH = "residual"
-_OVERSAMPLE, _ITERATIONS = 8, 4
 
 
 def save_residual(step: Step, name: str, lost: Array, rank: int) -> LowRank:
@@ -40,17 +39,7 @@ def save_residual(step: Step, name: str, lost: Array, rank: int) -> LowRank:
 
 def factors(lost: Array, rank: int) -> tuple[Array, Array]:
     """A [rank, columns] and B [rows, rank] with B A nearest to `lost`; float32, always the same."""
-    rank, rng = min(rank, *lost.shape), np.random.default_rng(0)
-    sample = min(rank + _OVERSAMPLE, *lost.shape)
-    found = rng.standard_normal((lost.shape[1], sample), dtype=np.float32)
-    for _ in range(_ITERATIONS):
-        left, _ = np.linalg.qr(lost @ found)
-        found, _ = np.linalg.qr(lost.T @ left)
-    left, _ = np.linalg.qr(lost @ found)
-    u, s, vt = np.linalg.svd(left.T @ lost, full_matrices=False)
-    half = np.sqrt(s[:rank])
-    a, b = half[:, None] * vt[:rank], left @ u[:, :rank] * half
-    return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+    return of_matrix(lost, rank).factors(min(rank, *lost.shape))
 
 
 def write_adapter(partial: Path, names: Iterable[str], rank: int, task: str | None) -> None:

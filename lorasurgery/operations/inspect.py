@@ -12,6 +12,7 @@ from lorasurgery.layouts import is_conv1d
 from lorasurgery.model import HUB_ID
 from lorasurgery.operations._adapter_facts import adapter_facts
 from lorasurgery.operations._folding import fold, natural
+from lorasurgery.operations._onnx_facts import graph_facts
 from lorasurgery.operations._source import Source, open_source
 from lorasurgery.tensors import BITS
 from lorasurgery.weights import Weights
@@ -48,6 +49,7 @@ class Inspection:
     quantization: Mapping[str, Any] | None
     adapter: Mapping[str, Any] | None
     surgery: Mapping[str, Any] | None
+    graph: Mapping[str, Any] | None = None
 
 
 def inspect(text: str) -> Inspection:
@@ -69,6 +71,7 @@ def inspect(text: str) -> Inspection:
         quantization=_quantization(source, weights, tensors),
         adapter=adapter_facts(source),
         surgery=_surgery(source.documents.get("surgery.json")),
+        graph=graph_facts(source.stored),
     )
 
 

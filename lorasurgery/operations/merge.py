@@ -14,6 +14,7 @@ from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations._merge_work import Work, lay_upon
 from lorasurgery.operations._residual import write_adapter
 from lorasurgery.operations._retained import total
+from lorasurgery.operations._right_base import check_base
 from lorasurgery.operations._undo_file import Undo, adapter_facts, check_target, layout_facts
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import Plan, RunOptions, rehearse, run
@@ -28,7 +29,8 @@ def merge(
     VerificationError, before the output is complete, where less than the threshold was retained;
     a rehearsal leaves that to `check`.
     """
-    plan = plan_merge(open_model(base), open_adapters(adapters), options)
+    model = open_model(base)
+    plan = plan_merge(model, open_adapters(adapters, model), options)
     if output is None:
         return rehearse(plan, how)
     if options.undo:
@@ -42,6 +44,7 @@ def plan_merge(
 ) -> Plan:
     """All edits, from headers alone."""
     work = lay_upon(model, adapters, options)
+    check_base(model, work.resolved)
     edits = tuple(work.edits())
     undo = _undo(work, adapters)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,12 +13,13 @@ import numpy as np
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Site, Variant
 from lorasurgery.arrays import Array
-from lorasurgery.change import Dense, LowRank, widened
+from lorasurgery.change import Change, LowRank
 from lorasurgery.errors import UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations._svd import singular_values
 from lorasurgery.problems import refuse
-from lorasurgery.targets import Target, resolve, unmatched
+from lorasurgery.targets import resolve, unmatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +72,22 @@ def _upon(model: Model, adapter: Adapter, allowed: Sequence[str]) -> Iterator[Sp
     resolved = resolve(model, adapter)
     refuse(adapter.path, [*resolved.problems, *unmatched(model, resolved)], allowed)
     for name, target in resolved.targets.items():
-        yield from _spectra(name, *_changed(model, target))
+        change = target.change(partial(model.weights.read, name))
+        # a stack whose change is of one matrix is seen as that matrix
+        n, _, columns = change.shape
+        w = model.weights.read(name).astype(np.float32).reshape(n, -1, columns)
+        yield from _spectra(name, change, w)
         model.weights.release(name)
 
 
-def _changed(model: Model, target: Target) -> tuple[LowRank | Dense, Array]:
-    w = widened(model.weights.read(target.tensor))
-    change = target.change(lambda: w)
-    # a stack whose change is of one matrix is seen as that matrix
-    seen = len(change.a) if isinstance(change, LowRank) else len(change.d)
-    return change, w.reshape(seen, -1, change.columns)
-
-
-def _spectra(name: str, change: LowRank | Dense, w: Array | None) -> Iterator[Spectrum]:
-    count = len(change.a) if isinstance(change, LowRank) else len(change.d)
+def _spectra(name: str, change: Change, w: Array | None) -> Iterator[Spectrum]:
+    count, rows, _ = change.shape
     for n in range(count):
         if isinstance(change, LowRank):
             values = singular_values(change.a[n], change.b[n])
         else:
-            values = np.linalg.svd(change.d[n], compute_uv=False)
+            values = np.linalg.svd(change.part(n, 0, rows), compute_uv=False)
         size = float(np.linalg.norm(w[n])) if w is not None else 0.0
         relative = float(np.linalg.norm(values)) / size if size else None
         label = name if count == 1 else f"{name}[{n}]"
         yield Spectrum(label, change.rank, tuple(map(float, values)), relative)
-
-
-def singular_values(a: Array, b: Array) -> Array:
-    """Of B A, from the factors alone: of the product of the triangles of their QR, at most r x r."""
-    left: Array = np.linalg.qr(b.astype(np.float64), mode="r")  # type: ignore[assignment]
-    right: Array = np.linalg.qr(a.T.astype(np.float64), mode="r")  # type: ignore[assignment]
-    values: Array = np.linalg.svd(left @ right.T, compute_uv=False)
-    return values

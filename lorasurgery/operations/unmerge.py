@@ -51,7 +51,8 @@ def unmerge(
     Raises VerificationError where the base's bytes do not come back, MatchError where the undo file
     names other adapters, or where without one a replaced tensor cannot be brought back.
     """
-    model, opened = open_model(merged), open_adapters(adapters)
+    model = open_model(merged)
+    opened = open_adapters(adapters, model)
     plan = (
         plan_exact(model, opened, UndoFile(options.undo))
         if options.undo

@@ -16,11 +16,14 @@ from pathlib import Path
 from threading import Lock
 
 from lorasurgery.errors import VerificationError
-from lorasurgery.model import open_model
+from lorasurgery.export._onnx_modules import open_modules
+from lorasurgery.formats.onnx import File
+from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations._check import Finding, check
 from lorasurgery.operations._expected import Expected, expect
 from lorasurgery.operations._verdict import CODES
+from lorasurgery.operations.merge_onnx import plain
 from lorasurgery.surgery import Progress
 
 LEAST = 0.9  # of a change, where a merge into codes must keep it
@@ -34,6 +37,7 @@ class VerifyOptions:
     allow_unmatched: tuple[str, ...] = ()
     threads: int = 0  # 0: as many as there are processors for this process
     progress: Progress = lambda _done, _all, _name: None
+    names: Mapping[str, str] = field(default_factory=dict)  # of an ONNX file: module -> node
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,11 @@ def verify(
 ) -> Verification:
     """Compare every tensor. Raises what opening the files raises; `insist` raises if it does not hold."""
     started = time.perf_counter()
-    opened = open_adapters(adapters)
-    expected = expect(open_model(base), open_model(merged), opened, options.allow_unmatched)
+    model = _open(base, options)
+    opened = open_adapters(adapters, model)
+    if base.suffix == ".onnx":
+        opened = [(plain(adapter), weight) for adapter, weight in opened]
+    expected = expect(model, _open(merged, options), opened, options.allow_unmatched)
     least = LEAST if options.min_retained is None else options.min_retained
     findings = _check_all(expected, least, options)
     codes = any(f.power and f.tensor in expected.merged.weights.packed for f in findings)
@@ -86,6 +93,13 @@ def verify(
         merged, base, tuple(adapters), findings, total, enforced,
         time.perf_counter() - started, tuple(notes),
     )  # fmt: skip
+
+
+def _open(path: Path, options: VerifyOptions) -> Model:
+    """An ONNX file is seen by its modules."""
+    if path.suffix != ".onnx":
+        return open_model(path)
+    return open_modules(File(path), options.names)[0]
 
 
 def insist(found: Verification) -> None:

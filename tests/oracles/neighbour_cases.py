@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from neighbours import Case
-from peft import LoHaConfig, LoKrConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig
 
 Q0, UP1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -47,5 +47,59 @@ LOKR = [
          LoKrConfig(r=2, alpha=5, target_modules=CONV, use_effective_conv2d=True), CONVS),
 ]  # fmt: skip
 
-CASES = [*LOHA, *LOKR]
-NF4 = [LOHA[0], LOKR[1]]
+TWO = ["q_proj", "up_proj"]
+OFT = [
+    Case("OFT by the number of blocks", "llama", OFTConfig(r=4, oft_block_size=0, target_modules=TWO),
+         (Q0, UP1)),
+    Case("OFT by the size of blocks, exactly", "llama",
+         OFTConfig(oft_block_size=8, target_modules=TWO, use_cayley_neumann=False), (Q0, UP1)),
+    Case("OFT with one block for all", "llama",
+         OFTConfig(oft_block_size=8, target_modules=TWO, block_share=True), (Q0, UP1)),
+    *(Case(f"OFT of {n} terms", "llama",
+           OFTConfig(oft_block_size=4, target_modules=TWO, num_cayley_neumann_terms=n), (Q0, UP1))
+      for n in (2, 3, 4, 6)),
+    Case("OFT, held near", "llama",
+         OFTConfig(oft_block_size=8, target_modules=TWO, coft=True, eps=0.5), (Q0, UP1)),
+    Case("OFT and biases", "llama-biased",
+         OFTConfig(oft_block_size=8, target_modules=TWO, bias="oft_only"),
+         (Q0, "model.layers.0.self_attn.q_proj.bias")),
+    Case("OFT of an embedding", "llama",
+         OFTConfig(oft_block_size=8, target_modules=["embed_tokens", "q_proj"]),
+         ("model.embed_tokens.weight", Q0)),
+    Case("OFT", "gpt2", OFTConfig(oft_block_size=8, target_modules=["lm_head"]),
+         ("transformer.wte.weight",)),
+    Case("OFT", "bert", OFTConfig(oft_block_size=8, target_modules=["query", "dense"]), (QUERY,)),
+    Case("OFT", "t5", OFTConfig(oft_block_size=8, target_modules=["q", "wi"]), (T5_Q, T5_WI)),
+    Case("OFT", "convolutions", OFTConfig(r=2, oft_block_size=0, target_modules=["point", "square"]),
+         ("point.weight", "square.weight")),
+]  # fmt: skip
+
+IA3 = [
+    Case("IA3", "llama",
+         IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+         ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight")),
+    Case("IA3 with biases", "llama-biased",
+         IA3Config(target_modules=["k_proj", "o_proj", "down_proj"], feedforward_modules=["down_proj"],
+                   modules_to_save=["lm_head"]),
+         ("model.layers.0.self_attn.k_proj.bias", "model.layers.0.self_attn.o_proj.weight",
+          "model.layers.1.mlp.down_proj.weight", "lm_head.weight")),
+    Case("IA3 of Conv1D", "gpt2",
+         IA3Config(target_modules=["c_attn", "mlp.c_proj", "attn.c_proj"],
+                   feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+         ("transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.bias",
+          "transformer.h.0.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight")),
+    Case("IA3 by a regex", "bert",
+         IA3Config(target_modules=["query", "output.dense"],
+                   feedforward_modules=r".*\.\d+\.output\.dense"),
+         (QUERY, "encoder.layer.1.output.dense.weight")),
+    Case("IA3", "t5", IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"]),
+         ("encoder.block.0.layer.0.SelfAttention.k.weight",
+          "decoder.block.1.layer.2.DenseReluDense.wo.weight")),
+    Case("IA3", "convolutions",
+         IA3Config(target_modules=["point", "square", "grouped", "head"],
+                   feedforward_modules=["square", "head"]),
+         ("point.weight", "point.bias", "square.weight", "grouped.weight", "head.weight")),
+]  # fmt: skip
+
+CASES = [*LOHA, *LOKR, *OFT, *IA3]
+NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0]]

@@ -11,7 +11,7 @@ from merging import done
 from neighbour_cases import CASES, NF4
 from neighbours import PIXELS, Case, convolutions, make, merged_by_peft, same_parameters
 from packed import Quantized, decoded
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny import Base, outputs, tensors
 
@@ -55,8 +55,10 @@ def test_what_is_read_and_written_is_the_same_file_and_peft_computes_the_same_wi
     for name, factor in wanted.items():
         assert torch.equal(found[name], factor), name
     loaded = [PeftModel.from_pretrained(base.load(), path).eval() for path in (adapter, ours)]
-    for model in loaded:
-        assert not model.load_adapter(adapter, "again").unexpected_keys
+    taken = [get_peft_model_state_dict(model) for model in loaded]
+    for name, factor in wanted.items():  # PEFT leaves out in silence what it has no place for
+        if ".base_layer." not in name:
+            assert all(torch.equal(state[name], factor) for state in taken), name
     with torch.inference_mode():
         if case.kind == "convolutions":
             one, two = (model(PIXELS) for model in loaded)

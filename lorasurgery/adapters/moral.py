@@ -1,0 +1,102 @@
+"""MoRAL-style mixture: y = W x + s Σᵢ gᵢ(x) Bᵢ Aᵢ x over the k experts that a router chooses for each token.
+
+Yang et al. 2024, arXiv 2402.11260, §3, which leaves the gates open: here they are a softmax over the k largest
+of router · x, so that they sum to 1. They depend on x, so no ΔW does the same; a mixture with gates that are
+fixed is a LoRA of rank N r.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapter import AdapterConfig
+from lorasurgery.errors import MatchError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lorasurgery.adapter import A
+
+LINEAR_IN_W = True
+ROUTED = True  # what it does depends on the token
+
+
+def experts(config: AdapterConfig) -> int:
+    """N, from extra['experts']."""
+    said: Any = config.extra.get("experts", 8)
+    return int(said)
+
+
+def chosen(config: AdapterConfig) -> int:
+    """K, from extra['top_k']."""
+    said: Any = config.extra.get("top_k", 2)
+    return min(int(said), experts(config))
+
+
+def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """A: [N, r, in];  B: [N, out, r];  router: [N, in]."""
+    n, r = experts(config), config.rank
+    return {"A": (n, r, in_), "B": (n, out, r), "router": (n, in_)}
+
+
+def init(w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]:
+    """B = 0, so nothing is added; each A its own, or the experts would never part; router N(0, 0.02²)."""
+    import torch
+
+    out, in_ = w.shape
+    made = shapes(out, in_, config)
+    bound = 1 / math.sqrt(in_)
+    return {
+        "A": torch.empty(made["A"]).uniform_(-bound, bound, generator=rng),
+        "B": torch.zeros(made["B"]),
+        "router": 0.02 * torch.randn(made["router"], generator=rng),
+    }
+
+
+def gates(x: Tensor, router: Tensor, config: AdapterConfig) -> Tensor:
+    """[..., N], zero but for the k that are chosen, which sum to 1: x [..., in]."""
+    import torch
+
+    logits = x @ router.T
+    top, index = logits.topk(chosen(config), dim=-1)
+    return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+
+
+def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
+    """Raises MatchError: there is none."""
+    raise MatchError(
+        f"moral: its {len(factors['A'])} experts are chosen for each token, so no merged weight "
+        f"{list(w.shape)} does what they do. Convert it to a static mixture at scaling "
+        f"{config.scaling:g}, or serve it unmerged."
+    )
+
+
+def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    """x [..., in] -> [..., out]; an expert sees the tokens alone that chose it."""
+    flat = x.reshape(-1, x.shape[-1])
+    gate = gates(flat, factors["router"], config)
+    added = flat.new_zeros(len(flat), w.shape[0])
+    for i, (a, b) in enumerate(zip(factors["A"], factors["B"], strict=True)):
+        (mine,) = gate[:, i].nonzero(as_tuple=True)
+        added = added.index_add(0, mine, gate[mine, i, None] * ((flat[mine] @ a.T) @ b.T))
+    return x @ w.T + config.scaling * added.reshape(*x.shape[:-1], -1)
+
+
+def from_lora(w: A, a: A, b: A) -> None:
+    """None: of how many experts, nobody has said."""
+
+
+def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> None:
+    """None: the gates depend on the token."""
+
+
+def mixture(factors: Mapping[str, A], config: AdapterConfig, gate: A) -> tuple[A, A]:
+    """A [N r, in] and B [out, N r], scaling folded in, of fixed gates [N]: exact for a constant router."""
+    # numpy's concatenate, or torch's
+    join: Any = sys.modules[type(gate).__module__].concatenate
+    a, b = factors["A"], factors["B"]
+    weighed = [config.scaling * gate[i] * b[i] for i in range(len(a))]
+    return a.reshape(-1, a.shape[-1]), join(weighed, -1)

@@ -1,0 +1,1 @@
+"""What runtimes load: graphs and directories, and the surgery on them."""

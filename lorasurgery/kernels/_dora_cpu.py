@@ -1,0 +1,58 @@
+"""DoRA in numba: norms of rows of W + B A, a chunk of columns at a time; and the scaled output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lorasurgery.kernels._floats import load, nearest
+from lorasurgery.kernels._lora_cpu import CHUNK, _take, _two_rows
+from lorasurgery.kernels._numba import inner, jit
+
+LANES = 64  # running sums
+
+f4, f8 = np.float32, np.float64
+
+
+@jit
+def row_norms(w: Any, a: Any, b: Any, out: Any) -> Any:
+    """out[i] = ‖w[i] + d[i]‖ with d = B A as `delta` sums it; squares and their sums are float64."""
+    rows, columns = w.shape
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    squares, total = np.empty(LANES, f8), np.zeros(rows, f8)
+    for start in range(0, columns, CHUNK):
+        n = min(CHUNK, columns - start)
+        _take(a, start, chunk)
+        for i in range(rows):
+            if i % 2 == 0:
+                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
+            total[i] += _squares(w[i, start : start + n], d[i % 2], squares)
+    for i in range(rows):
+        out[i] = f4(np.sqrt(total[i]))
+
+
+@inner
+def _squares(w: Any, d: Any, lanes: Any) -> Any:
+    for k in range(LANES):
+        lanes[k] = f8(0)
+    for at in range(0, len(w), LANES):
+        source, change = w[at : at + LANES], d[at : at + LANES]
+        for k in range(len(source)):
+            x = f8(f4(load(source[k]) + change[k]))
+            lanes[k] += x * x
+    width = LANES // 2
+    while width:
+        for k in range(width):
+            lanes[k] += lanes[k + width]
+        width //= 2
+    return lanes[0]
+
+
+@jit
+def scaled(base: Any, lora: Any, scale: Any, out: Any) -> Any:
+    """out = round((base + lora) · scale), column by column; all [n, out] but scale."""
+    for i in range(len(base)):
+        x, y, target = base[i], lora[i], out[i]
+        for j in range(len(x)):
+            target[j] = nearest(target[j], (load(x[j]) + load(y[j])) * scale[j])

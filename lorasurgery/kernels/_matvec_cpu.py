@@ -1,0 +1,89 @@
+"""x · dequant(W)ᵀ in numba: a row of W is decoded in the first-level cache and used for each row of x.
+
+Products and sums are float32, each rounded, in an order that no processor and no thread changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lorasurgery.kernels._floats import load
+from lorasurgery.kernels._nf4_lookup import look_up
+from lorasurgery.kernels._numba import inner, jit
+
+LANES = 64  # running sums
+
+f4, u8 = np.float32, np.uint64
+
+
+@jit
+def matvec(
+    codes: Any, absmax: Any, block: Any, pairs: Any, x: Any, first: Any, out: Any
+) -> Any:  # fmt: skip
+    """out[k, i] = Σ over j of x[k, j] · w[first + i, j]; x float32 [m, in], out float32 [m, rows]."""
+    m, n = x.shape
+    padded = (n + LANES - 1) // LANES * LANES
+    values, sums, wide = np.zeros(padded // 2, u8), np.empty(LANES, f4), np.zeros((m, padded), f4)
+    w = values.view(f4)
+    for k in range(m):
+        for j in range(n):
+            wide[k, j] = load(x[k, j])
+    for i in range(out.shape[1]):
+        start = (first + i) * n
+        if n % 2 == 0 and n % block == 0:
+            look_up(codes[start // 2 : (start + n) // 2], pairs, values)
+            _scale(w[:n], absmax[start // block : (start + n) // block], block)
+        else:
+            _decode_across(codes, absmax, block, pairs.view(f4), start, w[:n])
+        for k in range(m):
+            out[k, i] = _dot(w, wide[k], sums)
+
+
+@inner
+def _scale(w: Any, absmax: Any, block: Any) -> Any:
+    """Loops of a fixed length, where blocks are no shorter, become vector code without a remainder."""
+    if block >= LANES:
+        for at in range(0, len(w), LANES):
+            part, scale = w[at : at + LANES], absmax[at // block]
+            for j in range(LANES):
+                part[j] *= scale
+    else:
+        for j in range(len(w)):
+            w[j] *= absmax[j // block]
+
+
+@inner
+def _decode_across(codes: Any, absmax: Any, block: Any, levels: Any, start: Any, w: Any) -> Any:
+    """Where rows begin inside of blocks, or of bytes."""
+    for j in range(len(w)):
+        at = start + j
+        # the word of a byte holds its two weights in order
+        w[j] = levels[2 * codes[at // 2] + at % 2] * absmax[at // block]
+
+
+@inner
+def _dot(w: Any, x: Any, sums: Any) -> Any:
+    """Lane by lane, and then the lanes by halves."""
+    at, n = 0, len(w)
+    for k in range(LANES):
+        sums[k] = f4(0)
+    while at + 4 * LANES <= n:
+        a, b = w[at : at + 4 * LANES], x[at : at + 4 * LANES]
+        for k in range(LANES):
+            two = sums[k] + a[k] * b[k] + a[k + LANES] * b[k + LANES]
+            three = two + a[k + 2 * LANES] * b[k + 2 * LANES]
+            sums[k] = three + a[k + 3 * LANES] * b[k + 3 * LANES]
+        at += 4 * LANES
+    while at < n:
+        a, b = w[at : at + LANES], x[at : at + LANES]
+        for k in range(LANES):
+            sums[k] += a[k] * b[k]
+        at += LANES
+    width = LANES // 2
+    while width:
+        for k in range(width):
+            sums[k] += sums[k + width]
+        width //= 2
+    return sums[0]

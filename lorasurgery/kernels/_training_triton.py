@@ -1,0 +1,53 @@
+"""The operations of `_training_cpu` on the GPU, each rounded by itself (no fused multiply-add)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def adamw(  # type: ignore[no-untyped-def]
+    w, grad, m, v, numbers, new_w, new_m, new_v, n, split, SIZE: tl.constexpr
+):
+    """SIZE elements a program; from index `split` on, the second row of the numbers counts."""
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)  # [SIZE]
+    mask = index < n
+    row = tl.where(index >= split, 7, 0)
+    decay, rate = tl.load(numbers + row), tl.load(numbers + row + 6)
+    first, second, rest = tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    root, eps = tl.load(numbers + 4), tl.load(numbers + 5)
+    g = tl.load(grad + index, mask=mask, other=0.0)
+    m0 = tl.load(m + index, mask=mask, other=0.0)
+    m1 = m0 + first * (g - m0)
+    v1 = tl.load(v + index, mask=mask, other=0.0) * second + rest * g * g
+    tl.store(new_m + index, m1, mask=mask)
+    tl.store(new_v + index, v1, mask=mask)
+    below = tl.div_rn(tl.sqrt_rn(v1), root + tl.zeros_like(v1)) + eps
+    moved = tl.load(w + index, mask=mask, other=0.0) * decay - tl.div_rn(rate * m1, below)
+    tl.store(new_w + index, moved, mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def importance(  # type: ignore[no-untyped-def]
+    w, grad, old, spread, betas, new_old, new_spread, partial, triplets, items,
+    TRIPLETS_FIRST: tl.constexpr, TRIPLETS: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """TRIPLETS x ITEMS elements a program, whose sums of scores go to partial[program of items]."""
+    part = tl.program_id(1).to(tl.int64)
+    triplet = tl.program_id(0).to(tl.int64) * TRIPLETS + tl.arange(0, TRIPLETS)  # [TRIPLETS]
+    item = part * ITEMS + tl.arange(0, ITEMS)  # [ITEMS]
+    if TRIPLETS_FIRST:
+        at = triplet[:, None] * items + item[None, :]
+    else:
+        at = triplet[:, None] + item[None, :] * triplets
+    mask = (triplet < triplets)[:, None] & (item < items)[None, :]
+    b1, c1, b2, c2 = tl.load(betas), tl.load(betas + 1), tl.load(betas + 2), tl.load(betas + 3)
+    x = tl.load(w + at, mask=mask, other=0.0)
+    now = tl.abs(x * tl.load(grad + at, mask=mask, other=0.0))
+    smooth = tl.load(old + at, mask=mask, other=0.0) * b1 + c1 * now
+    wide = tl.load(spread + at, mask=mask, other=0.0) * b2 + c2 * tl.abs(now - smooth)
+    tl.store(new_old + at, smooth, mask=mask)
+    tl.store(new_spread + at, wide, mask=mask)
+    score = tl.where(mask, smooth * wide, 0.0).to(tl.float64)
+    tl.store(partial + part * triplets + triplet, tl.sum(score, axis=1), mask=triplet < triplets)

@@ -1,0 +1,137 @@
+"""A merge into NF4 in one pass: codes of W + B A, with W = round(level · absmax), and what they hold of B A.
+
+Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3; Hu et al. 2021 (LoRA), arXiv 2106.09685, §4.1. It is
+`nf4_quantize` of `lora_merge` of `nf4_dequantize`, bit for bit, without the float32 weights in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorasurgery.arrays import Array
+from lorasurgery.errors import ShapeError
+from lorasurgery.kernels import lora_delta, nf4_dequantize, nf4_quantize
+from lorasurgery.kernels._chance import keys
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dispatch, dtype_name
+from lorasurgery.kernels.nf4_dequantize import NF4
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+def run(
+    codes: Data, absmax: Data, block: int, a: Data, b: Data, dtype: Dtype,
+    *rule: Any,
+) -> tuple[Data, Data, float, float, float]:  # fmt: skip
+    """Codes, scales, signal, power and noise2 (as `lora_merge`'s, in float64); raises ShapeError.
+
+    The sums are those of a file where its scales are kept, or are stored as the float32 that they are.
+
+    Args:
+        codes: uint8 [ceil(n / 2)], W [rows, cols] packed, n = rows · cols.
+        absmax: float32 [ceil(n / block)].
+        block: weights that share one scale; a power of two from 2 to 4096.
+        a: float32 [r, cols].
+        b: float32 [rows, r].
+        dtype: what W decodes to before it is added to.
+        rule: keep, seed, offset: whether scales are kept; None rounds to the nearest, a number by
+            chance; and the index of W's first weight in its tensor. False, None and 0 by default.
+
+    """
+    lora_delta.check(a, b, "nf4_merge")
+    nf4_dequantize.check(b.shape[0] * a.shape[1], codes, absmax, block, "nf4_merge")
+    if dtype_name(dtype) not in FLOATS:
+        raise ShapeError(
+            f"nf4_merge: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. Choose one of them."
+        )
+    result: tuple[Data, Data, float, float, float] = dispatch(
+        cpu, launch, codes, absmax, block, a, b, dtype, *rule
+    )
+    return result
+
+
+def reference(
+    codes: Tensor, absmax: Tensor, block: int, a: Tensor, b: Tensor, dtype: Any,
+    keep: bool = False, seed: int | None = None, offset: int = 0,
+) -> tuple[Tensor, Tensor, float, float, float]:  # fmt: skip
+    """The three kernels' definitions, one after another."""
+    import torch
+
+    table = torch.from_numpy(NF4.copy()).to(codes.device)
+    d = lora_delta.reference(a, b).flatten()
+    old = nf4_dequantize.reference(codes, absmax, block, len(d), dtype, table).float()
+    kept = absmax if keep else None
+    packed, scales = nf4_quantize.reference(old + d, block, kept, seed, offset)
+    new = nf4_dequantize.reference(packed, scales, block, len(d), torch.float32, table)
+    made, d = (new - old).double(), d.double()
+    terms = made * d, d.square(), (made - d).square()
+    signal, power, noise2 = (float(term.sum()) for term in terms)
+    return packed, scales, signal, power, noise2
+
+
+def cpu(
+    codes: Array, absmax: Array, block: int, a: Array, b: Array, dtype: Any,
+    keep: bool = False, seed: int | None = None, offset: int = 0,
+) -> tuple[Array, Array, float, float, float]:  # fmt: skip
+    """The same in numba."""
+    from lorasurgery.kernels._floats import source
+    from lorasurgery.kernels._merge_nf4_cpu import merge
+
+    packed = np.empty(len(codes), np.uint8)
+    scales = absmax.copy() if keep else np.empty(len(absmax), np.float32)
+    chance = None if seed is None else (*keys(seed), np.uint64(offset))
+    tables = nf4_dequantize.pairs(NF4.tobytes()), nf4_quantize.MIDDLES, nf4_quantize.LEVELS
+    base = source(codes), source(absmax), block, source(np.zeros(1, dtype))
+    sums = merge(base, (source(a), source(b)), tables, keep, chance, (packed, scales))
+    return packed, scales, *sums
+
+
+def launch(
+    codes: Tensor, absmax: Tensor, block: int, a: Tensor, b: Tensor, dtype: Any,
+    keep: bool = False, seed: int | None = None, offset: int = 0,
+) -> tuple[Tensor, Tensor, float, float, float]:  # fmt: skip
+    """The same in Triton, some blocks a program; its sums meet in float64."""
+    import torch
+
+    from lorasurgery.kernels._merge_nf4_triton import merge
+
+    n, device = b.shape[0] * a.shape[1], codes.device
+    packed = torch.empty(len(codes), dtype=torch.uint8, device=device)
+    scales = torch.empty(len(absmax), device=device)
+    k1, k2 = map(int, keys(seed or 0))
+    rows = max(1, 1024 // block)
+    programs = -(-len(scales) // rows)
+    partial = torch.zeros(3, programs, dtype=torch.float64, device=device)
+    if n:
+        merge[(programs,)](
+            codes.contiguous(), absmax.contiguous(), a.contiguous(), b.contiguous(), packed, scales,
+            partial, torch.from_numpy(NF4.copy()).to(device), n, a.shape[1], len(a), offset, k1, k2,
+            KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype), BLOCK=block, ROWS=rows,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    signal, power, noise2 = partial.sum(dim=1).tolist()
+    return packed, scales, signal, power, noise2
+
+
+def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Each policy and dtype; rows that end inside of blocks and bytes, short last blocks, rank 0, no rows."""
+    import torch
+
+    sizes = (
+        (5, 64, 64, 3), (33, 48, 32, 7), (3, 7, 32, 1), (20, 320, 64, 16), (2, 9, 4096, 2),
+        (4, 6, 2, 0), (0, 5, 64, 2), (40, 130, 128, 13),
+    )  # fmt: skip
+    for rows, columns, block, rank in sizes:
+        n = rows * columns
+        codes = torch.randint(0, 256, (-(-n // 2),), dtype=torch.uint8, generator=rng)
+        absmax = 0.05 * torch.rand(-(-n // block), generator=rng) + 0.01
+        a = 0.1 * torch.randn(rank, columns, generator=rng)
+        b = 0.01 * torch.randn(rows, rank, generator=rng)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            call, label = (codes, absmax, block, a, b, dtype), f"{rows}x{columns}-{block}-{dtype}"
+            yield f"{label}-rtn", call
+            yield f"{label}-keep", (*call, True)
+            yield f"{label}-stochastic", (*call, False, 5, (1 << 32) - 2 * block)
