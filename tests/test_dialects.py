@@ -14,6 +14,8 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, AdapterConfig
 from lorasurgery.operations._adapters import open_adapter
 
+# a scale baked into B rounds each of at most 4 products of at most 8, which may then cancel
+CLOSE = {"rtol": 1e-6, "atol": 2e-6}
 NAMES = plugins.names("dialects")
 
 
@@ -45,8 +47,7 @@ def test_what_is_written_is_read_again(dialect, tmp_path):
         assert {n: i.shape for n, i in got[name].factors.items()} == {
             n: f.shape for n, f in got[name].load().items()
         }
-        # a scale may be baked into B, which rounds once
-        np.testing.assert_allclose(delta(got[name]), delta(site), rtol=1e-6)
+        np.testing.assert_allclose(delta(got[name]), delta(site), **CLOSE)
 
 
 def test_a_single_file_is_the_adapter_too(dialect, tmp_path):
@@ -56,7 +57,8 @@ def test_a_single_file_is_the_adapter_too(dialect, tmp_path):
         assert dialect.detect(files[0])
         assert modules(dialect.read(files[0])).keys() == modules(llama()).keys()
     else:
-        assert [file.name for file in files] == ["adapter_config.json", "adapter_model.safetensors"]
+        config, weights = (file.suffix for file in files)
+        assert (config, weights) == (".json", ".safetensors")
 
 
 def test_each_dialect_knows_its_own_files_and_no_others(dialect, tmp_path):
@@ -88,11 +90,11 @@ def test_read_and_written_again_is_the_same_change(dialect, tmp_path):
     second = dialect.read(written(dialect, again, tmp_path / "b"))
     for one, two in zip(first.sites, second.sites, strict=True):
         assert one.module == two.module
-        np.testing.assert_allclose(delta(one), delta(two), rtol=1e-6)
+        np.testing.assert_allclose(delta(one), delta(two), **CLOSE)
 
 
 def test_a_scale_by_the_root_of_the_rank_is_kept(dialect, tmp_path):
     config = AdapterConfig("lora", 4, 8.0, rank_stabilized=True)
     made = adapter([lora("model.layers.0.mlp.up_proj", WIDE, HIDDEN, config)])
     (site,) = dialect.read(written(dialect, made, tmp_path / "it")).sites
-    np.testing.assert_allclose(delta(site), delta(made.sites[0]), rtol=1e-6)
+    np.testing.assert_allclose(delta(site), delta(made.sites[0]), **CLOSE)

@@ -15,9 +15,9 @@ from lorasurgery.arrays import from_torch
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import (
     adalora_importance,
+    dora_merge,
     dora_norm,
     dora_output,
-    dora_merge,
     double_dequantize,
     double_quantize,
     lora_adamw,

@@ -10,12 +10,12 @@ from lorasurgery.dialects._peft_lora_write import Stored
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
 
-# what makes a directory a model, or an adapter of PEFT's
-_CONFIGS = ("adapter_config.json", "model_index.json")
+# what makes a directory a pipeline, or an adapter of PEFT's or ours
+_CONFIGS = ("adapter_config.json", "adapter.json", "model_index.json")
 
 
 def find(path: Path, suffix: str) -> Path | None:
-    """The file itself, or the only one of this suffix in a directory without a PEFT config."""
+    """The file itself, or the only one of this suffix in a directory that no config speaks for."""
     if path.is_file():
         return path if path.name.endswith(suffix) else None
     if not path.is_dir() or any((path / name).exists() for name in _CONFIGS):

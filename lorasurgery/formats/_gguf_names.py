@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
@@ -71,6 +71,14 @@ def paired_role(name: str, family: Family) -> str | None:
     return match[2][-1]
 
 
+def heads_of(config: Mapping[str, Any], role: str) -> int | None:
+    """The number of heads of 'q' or 'k' by config.json, or None if it does not say it."""
+    heads = config.get("num_attention_heads")
+    if role == "k":
+        heads = config.get("num_key_value_heads") or heads
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
 def paired_rows(start: int, stop: int, head_dim: int) -> Array:
     """Where rows start:stop of transformers' order lie in llama.cpp's: int64 [stop - start]."""
     import numpy as np
@@ -79,3 +87,14 @@ def paired_rows(start: int, stop: int, head_dim: int) -> Array:
     head, inside = row - row % head_dim, row % head_dim
     half = head_dim // 2
     return head + 2 * (inside % half) + inside // half
+
+
+def gguf(name: str, family: Family) -> str | None:
+    """The name that GGUF gives a tensor of transformers', or None if the family has no such part."""
+    module, _, kind = name.rpartition(".")
+    whole = {theirs: ours for ours, theirs in _WHOLE.items()}
+    if module in whole:
+        return f"{whole[module]}.{kind}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    layer = {theirs: ours for ours, theirs in family.layer.items()}
+    return f"blk.{match[1]}.{layer[match[2]]}.{kind}" if match and match[2] in layer else None
