@@ -15,6 +15,7 @@ import onnx.helper as h
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from lorasurgery.checkpoint import open_checkpoint
 from lorasurgery.errors import (
@@ -120,6 +121,26 @@ def test_int4_runs_as_the_dequantized_product_within_half_a_step(
         values.append(value)
     x = made.drawn(5, made.IN)
     np.testing.assert_allclose(made.run(out, x), product(x, *values), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_is_what_onnxruntime_makes_of_the_products_that_it_takes(
+    tmp_path: Path, symmetric: bool
+) -> None:
+    """Of the three products it takes one: no Gemm, and no weight behind a Transpose."""
+    path, out, name = made.chain(tmp_path / "m.onnx"), tmp_path / "o.onnx", "onnx::MatMul_7"
+    theirs = MatMulNBitsQuantizer(onnx.load(path), block_size=32, is_symmetric=symmetric)
+    theirs.process()
+    made_by = {t.name: onnx.numpy_helper.to_array(t) for t in theirs.model.model.graph.initializer}
+    quantize(path, out, "int4", symmetric=symmetric)
+    held, k = tensors(out), made.IN
+    theirs_like = {
+        f"{name}.int4": made_by[f"{name}_Q4"], f"{name}.scales": made_by[f"{name}_scales"],
+    }  # fmt: skip
+    if not symmetric:
+        theirs_like[f"{name}.zeros"] = made_by[f"{name}_zero_points"]
+    # beyond the end of a row nothing is asked of the codes
+    np.testing.assert_array_equal(unpacked(held, name, k), unpacked(theirs_like, name, k))
 
 
 def test_what_is_reported_is_what_was_lost(tmp_path: Path) -> None:
