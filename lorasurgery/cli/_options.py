@@ -110,6 +110,7 @@ class Writing:
     ] = 0
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class WritingAdapter:
     """Where an adapter is written, and how."""
@@ -147,8 +148,14 @@ class WritingAdapter:
 
 
 def refuse_flags(path: Path, given: Mapping[str, object]) -> None:
+=======
+def refuse_flags(path: Path, writing: Writing, given: Mapping[str, object]) -> None:
+>>>>>>> b-onnx
     """Raise UsageError for a flag that means nothing to an ONNX file."""
-    if named := [flag for flag, value in given.items() if value]:
+    how = {
+        "--resume": writing.resume, "--durable": writing.durable, "--max-memory": writing.max_memory,
+    }  # fmt: skip
+    if named := [flag for flag, value in {**given, **how}.items() if value]:
         raise UsageError(
             f"{named[0]}: means nothing to an ONNX file, and {path} is one. Take it away."
         )
