@@ -110,7 +110,6 @@ class Writing:
     ] = 0
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class WritingAdapter:
     """Where an adapter is written, and how."""
@@ -147,10 +146,7 @@ class WritingAdapter:
         )
 
 
-def refuse_flags(path: Path, given: Mapping[str, object]) -> None:
-=======
 def refuse_flags(path: Path, writing: Writing, given: Mapping[str, object]) -> None:
->>>>>>> b-onnx
     """Raise UsageError for a flag that means nothing to an ONNX file."""
     how = {
         "--resume": writing.resume, "--durable": writing.durable, "--max-memory": writing.max_memory,
