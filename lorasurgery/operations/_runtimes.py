@@ -4,13 +4,13 @@ A feature that a runtime is not listed with is unknown: nobody has looked. Files
 every release: vLLM lora/peft_helper.py 0214369, lora/utils.py 001e63a, config/lora.py 01230b4; SGLang
 srt/lora/lora.py 002c60a; llama.cpp convert_lora_to_gguf.py 0b03ada, src/llama-adapter.cpp 0650ea8; diffusers
 loaders/lora_base.py 005627e, utils/state_dict_utils.py 0023a2c; sd-scripts networks/lora.py 02298e3; Olive
-cli/convert_adapters.py ee6f40f. PEFT 0.21.2 was run.
+cli/convert_adapters.py ee6f40f. PEFT 0.21.2 and LyCORIS 4.1.3 were run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 # silent: it is loaded, and computes something else; unknown is what no claim is made of
@@ -36,7 +36,6 @@ class Runtime:
     ranks: tuple[int, ...] = ()
     # one alpha / r for all modules
     uniform: bool = False
-    layouts_of_sites: tuple[str, ...] = field(default=("linear",))
 
 
 def _ok(why: str, source: str) -> Claim:
@@ -58,6 +57,7 @@ _LLAMA_RUN = "llama.cpp/src/llama-adapter.cpp"
 _DIFFUSERS = "diffusers/loaders/lora_base.py"
 _OLIVE = "Olive/olive/cli/convert_adapters.py"
 _PEFT = "peft 0.21.2, run"
+_LYCORIS = "lycoris-lora 4.1.3, run"
 _ONE_SCALE = "it reads r and lora_alpha, and scales every module by the one alpha / r"
 _UNEXPECTED = "its converter stops at a tensor that is no lora_A or lora_B"
 
@@ -107,7 +107,6 @@ RUNTIMES: Mapping[str, Runtime] = {
             "modules that the base lacks": _rejected("the base has no such tensor", _LLAMA_RUN),
             "layout": _rejected("its converter reads PEFT's, and it reads GGUF", _LLAMA),
         },
-        layouts_of_sites=("linear", "embedding"),
     ),
     "ort": Runtime(
         ("ort_adapter", "peft"),
@@ -123,7 +122,9 @@ RUNTIMES: Mapping[str, Runtime] = {
         {
             "rank_pattern": _ok("each module's rank is that of its lora_B", _DIFFUSERS),
             "alpha_pattern": _ok("alphas are read by module", _DIFFUSERS),
+            "rsLoRA": _ok("use_rslora is read from the metadata", _DIFFUSERS),
             "DoRA": _ok("with peft 0.9 or newer", _DIFFUSERS),
+            "convolutions": _ok("it builds PEFT's layers", _PEFT),
             "lora_bias": _ok("with peft 0.14 or newer", _DIFFUSERS),
         },
     ),
@@ -134,6 +135,8 @@ RUNTIMES: Mapping[str, Runtime] = {
             "alpha_pattern": _ok("each module has its own alpha", "sd-scripts/networks/lora.py"),
             "rank_pattern": _ok("each module is scaled by its own alpha / r", "sd-scripts/networks/lora.py"),
             "convolutions": _ok("lora_down has the kernel", "sd-scripts/networks/lora.py"),
+            "DoRA": _ok("LyCORIS reads it", _LYCORIS),
+            "other variants": _ok("LyCORIS reads LoHa and LoKr", _LYCORIS),
         },
     ),
     "peft": Runtime(
@@ -154,6 +157,5 @@ RUNTIMES: Mapping[str, Runtime] = {
                 "keys that match nothing are loaded without an error", _PEFT
             ),
         },
-        layouts_of_sites=("linear", "embedding", "parameter", "experts"),
     ),
 }  # fmt: skip
