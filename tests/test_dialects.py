@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
+import torch
 from handmade import HIDDEN, WIDE, adapter, delta, llama, lora
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, AdapterConfig
+from lorasurgery.cli.app import app
+from lorasurgery.dialects import peft
 from lorasurgery.operations._adapters import open_adapter
 
 # a scale baked into B rounds each of at most 4 products of at most 8, which may then cancel
@@ -98,3 +103,45 @@ def test_a_scale_by_the_root_of_the_rank_is_kept(dialect, tmp_path):
     made = adapter([lora("model.layers.0.mlp.up_proj", WIDE, HIDDEN, config)])
     (site,) = dialect.read(written(dialect, made, tmp_path / "it")).sites
     np.testing.assert_allclose(delta(site), delta(made.sites[0]), **CLOSE)
+
+
+def test_it_merges_like_the_same_adapter_of_peft(dialect, tmp_path):
+    base = small.base(tmp_path / "base", torch.float32)
+    source = peft.read(small.adapter(tmp_path / "peft"))
+    written(dialect, replace(source, base_config=small.config()), tmp_path / "it")
+    for name in ("peft", "it"):
+        output = tmp_path / f"by-{name}"
+        done = CliRunner().invoke(
+            app, ["merge", str(base), str(tmp_path / name), "-o", str(output), "-q"]
+        )
+        assert done.exit_code == 0, done.output
+    before = load_file(base / "model.safetensors")
+    wanted, found = (load_file(tmp_path / f"by-{n}" / "model.safetensors") for n in ("peft", "it"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        # the order of products differs, and a scale in B rounds once more: 1e-6 of a change of 1 %
+        change = np.abs(tensor - before[name]).max()
+        np.testing.assert_allclose(found[name], tensor, rtol=3e-7, atol=1e-5 * change)
+        if name.endswith(("q_proj.weight", "up_proj.weight", "down_proj.weight")):
+            assert change > 1e-4
+
+
+# our own layout is float32, as it says
+@pytest.mark.parametrize("dialect", [n for n in NAMES if n != "surgery"], indirect=True)
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_sixteen_bits_are_written_where_they_are_asked_for(dialect, dtype, tmp_path):
+    made = llama()
+    halves = [
+        replace(s, factors={n: replace(i, dtype=dtype) for n, i in s.factors.items()})
+        for s in made.sites
+    ]
+    small_one = written(dialect, replace(made, sites=tuple(halves)), tmp_path / "half")
+    large = written(dialect, made, tmp_path / "whole")
+    sizes = [sum(f.stat().st_size for f in folder.iterdir()) for folder in (small_one, large)]
+    # onnxruntime's parameters come from numpy, which has no bfloat16
+    if (dialect.__name__.rpartition(".")[2], dtype) != ("ort_adapter", "BF16"):
+        assert sizes[0] < 0.8 * sizes[1]
+    for name, site in modules(dialect.read(small_one)).items():
+        wanted = next(s for s in made.sites if s.module.replace(".", "_") == name)
+        # sixteenths are exact in 8 bits; a scale baked into B may not be, of at most 4 products of 8
+        np.testing.assert_allclose(delta(site), delta(wanted), rtol=2**-8, atol=32 * 2**-8)

@@ -11,18 +11,20 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.dialects import _sayable
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import _gguf_names as names
+from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
-# name, shape, what gives it as it is stored
-Tensor = tuple[str, tuple[int, ...], Callable[[], "Array"]]
+# what is known of a tensor, and what gives it as it is stored
+Tensor = tuple[TensorInfo, Callable[[], "Array"]]
 
 
 def write(adapter: Adapter, file: Path) -> None:
-    """Float32 tensors, one in memory at a time."""
-    import numpy as np
-    from gguf import GGUFWriter
+    """Float32, float16 or bfloat16, one tensor in memory at a time."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from lorasurgery.arrays import NUMPY
 
     _sayable.joined(adapter, "llama.cpp")
     _sayable.check(adapter, "llama.cpp", ("lora",), ("linear", "embedding"))
@@ -40,13 +42,13 @@ def write(adapter: Adapter, file: Path) -> None:
         heads = {role: _heads(adapter, role) for role in "qk"}
         writer.add_head_count(heads["q"])
         writer.add_head_count_kv(heads["k"])
-    for name, shape, _ in tensors:
-        size = 4 * int(np.prod(shape))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
+    for info, _ in tensors:
+        kind = GGMLQuantizationType[info.dtype]
+        writer.add_tensor_info(info.name, info.shape, NUMPY[info.dtype], info.nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, load in tensors:
+    for _, load in tensors:
         writer.write_tensor_data(load())
     writer.close()
 
@@ -92,11 +94,15 @@ def _tensors(adapter: Adapter, site: Site, family: names.Family, alpha: float) -
             f"{adapter.path}: {site.module} is a convolution, which llama.cpp cannot adapt. Merge it."
         )
     if site.layout == "embedding":
-        yield f"{name}.lora_a", b, _loader(site, "B", scale)
-        yield f"{name}.lora_b", a[::-1], _loader(site, "A")
+        yield _info(site, "B", f"{name}.lora_a", b), _loader(site, "B", scale)
+        yield _info(site, "A", f"{name}.lora_b", a[::-1]), _loader(site, "A")
     else:
-        yield f"{name}.lora_a", a, _loader(site, "A")
-        yield f"{name}.lora_b", b, _loader(site, "B", scale, heads)
+        yield _info(site, "A", f"{name}.lora_a", a), _loader(site, "A")
+        yield _info(site, "B", f"{name}.lora_b", b), _loader(site, "B", scale, heads)
+
+
+def _info(site: Site, factor: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(name, site.factors[factor].dtype, shape)
 
 
 def _name(adapter: Adapter, site: Site, family: names.Family) -> str:
@@ -133,6 +139,8 @@ def _loader(
     def load() -> Array:
         import numpy as np
 
+        from lorasurgery.arrays import NUMPY
+
         found = site.load()[factor]
         if site.layout == "embedding" and factor == "A":
             found = found.T
@@ -141,6 +149,9 @@ def _loader(
             ordered = np.empty_like(found)
             ordered[names.paired_rows(0, len(found), len(found) // heads)] = found
             found = ordered
-        return np.ascontiguousarray(found, np.float32)
+        dtype = NUMPY[site.factors[factor].dtype]
+        data = np.ascontiguousarray(found).astype(dtype, copy=False)
+        # the writer asks numpy for the byte order, which is no word of bfloat16's
+        return data.view(np.uint16) if data.dtype.itemsize == 2 else data
 
     return load

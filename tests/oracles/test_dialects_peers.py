@@ -19,6 +19,7 @@ from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from merging import make_adapter, merged_by_peft
 from peft import (
     LoraConfig,
+    PeftConfig,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -258,3 +259,9 @@ def test_a_session_of_onnxruntime_computes_the_adapter(tmp_path: Path) -> None:
     np.testing.assert_allclose(session.run(None, feeds)[0], x @ w, rtol=1e-5, atol=1e-5)
     wanted = x @ (w + delta(made.sites[0]).T)
     np.testing.assert_allclose(session.run(None, feeds, options)[0], wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_peft_refuses_a_directory_without_its_config(tmp_path: Path) -> None:
+    kohya.write(adapter([lora("m.q", 4, 6)]), tmp_path)
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
+        PeftConfig.from_pretrained(str(tmp_path), local_files_only=True)
