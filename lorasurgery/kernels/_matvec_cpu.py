@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from lorasurgery.kernels._floats import load, nearest
-from lorasurgery.kernels._nf4_lookup import look_up
+from lorasurgery.kernels._nf4_lookup import WIDE, look_up
+from lorasurgery.kernels._nf4_wide import gather, row, spread
 from lorasurgery.kernels._numba import inner, jit
 
 LANES = 64  # running sums
@@ -24,6 +25,9 @@ def matvec(
 ) -> Any:  # fmt: skip
     """out[k, i] = Σ over j of x[k, j] · w[first + i, j]; x [m, in] not empty, out float32 [m, rows]."""
     m, n = x.shape
+    if WIDE and n % block == 0 and block % LANES == 0:
+        _wide(codes, (absmax, block), pairs, x, first, out)
+        return
     padded = (n + LANES - 1) // LANES * LANES
     values, sums, wide = np.zeros(padded // 2, u8), np.empty(LANES, f4), np.zeros((m, padded), f4)
     w = values.view(f4)
@@ -40,6 +44,27 @@ def matvec(
             _round(w[:n], x)
         for k in range(m):
             out[k, i] = _dot(w, wide[k], sums)
+
+
+@inner
+def _wide(codes: Any, scales: Any, pairs: Any, x: Any, first: Any, out: Any) -> Any:
+    """The same by permutations: a scaled table for each block takes the place of decoded weights."""
+    (absmax, block), (m, n) = scales, x.shape
+    # the first 16 words are the pairs of level 0 with each level
+    blocks, table = n // block, pairs.view(f4)[1:32:2].copy()
+    plain, apart = np.empty(n, f4), np.empty((m, n), f4)
+    mixed, sums, size = np.empty(LANES, f4), np.empty(LANES, f4), (blocks, block // LANES)
+    for k in range(m):
+        for j in range(n):
+            plain[j] = load(x[k, j])
+        spread(plain, apart[k])
+    for i in range(out.shape[1]):
+        start = (first + i) * n
+        here = absmax[start // block : (start + n) // block], table, x
+        for k in range(m):
+            row(codes[start // 2 : (start + n) // 2], here, apart[k], size, mixed)
+            gather(mixed, sums)
+            out[k, i] = _by_halves(sums)
 
 
 @inner
@@ -90,6 +115,11 @@ def _dot(w: Any, x: Any, sums: Any) -> Any:
         for k in range(LANES):
             sums[k] += a[k] * b[k]
         at += LANES
+    return _by_halves(sums)
+
+
+@inner
+def _by_halves(sums: Any) -> Any:
     width = LANES // 2
     while width:
         for k in range(width):
