@@ -28,6 +28,14 @@ def command(
         str | None, typer.Argument(help="An adapter: directory, file or hub id.")
     ] = None,
     to: Annotated[str, typer.Option("--to", metavar="VARIANT", help="What it becomes.")] = "lora",
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="RUNTIME",
+            help="As vllm, llamacpp, ort ... reads it, not --to a variant.",
+        ),
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="DIR", help="The model that the adapter is for.")
     ] = None,
@@ -66,6 +74,7 @@ def command(
     from lorasurgery.operations._lattice import lattice
     from lorasurgery.operations._nearest import Aim
     from lorasurgery.operations.convert import ConvertOptions, convert
+    from lorasurgery.operations.convert_for import FitOptions, convert_for
     from lorasurgery.tensors import DTYPE_NAMES
 
     if explain:
@@ -74,6 +83,18 @@ def command(
         return
     if adapter is None:
         raise UsageError("ADAPTER: is missing. Name one, or pass --explain.")
+    form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
+    source, allowed = resolve(adapter), tuple(allow_unmatched or ())
+    if runtime:
+        if writing.dialect or rank or energy or bake_scale or uniform_rank or ranks_allowed:
+            raise UsageError(
+                "--for: decides on ranks, scale and layout itself. Take the others away."
+            )
+        fitting = FitOptions(runtime, resolve(base) if base else None, allowed, form)
+        carry_out(
+            lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
+        )
+        return
     options = ConvertOptions(
         to=to,
         base=resolve(base) if base else None,
@@ -81,10 +102,9 @@ def command(
         folded=bake_scale,
         uniform=uniform_rank,
         allowed_ranks=ranks(ranks_allowed),
-        allowed=tuple(allow_unmatched or ()),
-        form=AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype]),
+        allowed=allowed,
+        form=form,
     )
-    source = resolve(adapter)
     carry_out(lambda output, how: convert(source, output, options, how), writing.run, printing)
 
 
