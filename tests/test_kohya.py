@@ -184,6 +184,14 @@ PROBLEMS = {
         {f"{AT}.lora_down.weight": numbers((3, 8)), f"{AT}.lora_up.weight": numbers((6, 2))},
         "unet.mid_block_to_q: A [3, 8], B [6, 2] are no factors of rank 3",
     ),
+    "rank 0": (
+        {f"{AT}.lora_down.weight": numbers((0, 8)), f"{AT}.lora_up.weight": numbers((6, 0))},
+        "unet.mid_block_to_q: A [0, 8], B [6, 0] are no factors of rank 0",
+    ),
+    "a convolution's B with a kernel": (
+        {f"{AT}.lora_down.weight": numbers((3, 8, 1, 1)), f"{AT}.lora_up.weight": numbers((6, 3, 3, 3))},
+        "unet.mid_block_to_q: A [3, 8, 1, 1], B [6, 3, 3, 3] are no factors of rank 3",
+    ),
     "magnitudes of neither axis": (
         pair(dora_scale=numbers((5, 1))),
         "unet.mid_block_to_q: magnitudes [5, 1] are neither of the rows nor of the columns of [6, 8]",

@@ -101,7 +101,7 @@ def _rank(variant: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     found |= {n for name, s in shapes.items() if name in ("T1", "T2") for n in s[:2]}
     if variant == "loha" and [shapes[n] for n in ("B1", "A1")] != [shapes[n] for n in ("B2", "A2")]:
         return None
-    return None if len(found) > 1 else next(iter(found), 1)
+    return None if len(found) > 1 or 0 in found else next(iter(found), 1)
 
 
 def _size(

@@ -55,7 +55,9 @@ def site(
 
 def _fit(infos: Mapping[str, TensorInfo], rank: int) -> bool:
     a, b = infos["A"].shape, infos["B"].shape
-    if len(a) < 2 or len(b) < 2 or not a[0] == b[1] == rank or any(n != 1 for n in b[2:]):
+    if rank < 1 or len(a) < 2 or len(b) < 2 or not a[0] == b[1] == rank:
+        return False
+    if any(n != 1 for n in b[2:]):
         return False
     if "core" not in infos:
         return True
