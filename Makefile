@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.lorasurgery-ready
 
-.PHONY: demo test lint types bench format clean
+.PHONY: demo test lint types bench kernels format clean
 
 demo: $(READY)
 	$(BIN)/python -m demo.run
@@ -26,6 +26,10 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# for GPUs that need not be here: registers, spills, instructions, computed times
+kernels: $(READY)
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

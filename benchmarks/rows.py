@@ -23,6 +23,7 @@ class Setting:
 
     base: Path
     adapter: Path
+    dora: Path
     scratch: Path
     repeats: int
 
@@ -96,6 +97,27 @@ def nf4(setting: Setting) -> Row:
     return Row("NF4 + double quantization, 4096 x 4096 bf16, in process", sides)
 
 
+def kernel(name: str, title: str, setting: Setting) -> Row:
+    """One of benchmarks.kernels_in_process; the results are compared there."""
+    repeats = str(max(5, setting.repeats))
+    done = run((sys.executable, "-m", "benchmarks.kernels_in_process", name, repeats))
+    times = json.loads(done.stdout)
+    return Row(f"{title}, in process", tuple(Side(who, seconds) for who, seconds in times.items()))
+
+
+def dequantize_kernel(setting: Setting) -> Row:
+    return kernel("dequantize", "NF4 to bfloat16, 4096 x 4096", setting)
+
+
+def merge_kernel(setting: Setting) -> Row:
+    """Copying is the floor."""
+    return kernel("merge", "merge 8192 x 2048 bf16 at rank 16", setting)
+
+
+def matvec_kernel(setting: Setting) -> Row:
+    return kernel("matvec", "NF4 matvec, 4096 x 4096", setting)
+
+
 def quantize(setting: Setting) -> Row:
     """File to file, whole processes."""
     ours, theirs = setting.scratch / "nf4", setting.scratch / "nf4-peer"
@@ -114,19 +136,46 @@ def quantize(setting: Setting) -> Row:
 
 def merge(setting: Setting) -> Row:
     """File to file, whole processes; cp is the floor."""
+    return _merge(setting, setting.adapter, "merge a rank-16 LoRA, file to file")
+
+
+def merge_dora(setting: Setting) -> Row:
+    """The same with magnitudes."""
+    return _merge(setting, setting.dora, "merge a rank-16 DoRA, file to file")
+
+
+def _merge(setting: Setting, adapter: Path, name: str) -> Row:
     ours, theirs, copy = (setting.scratch / n for n in ("merged", "merged-peer", "copy"))
     contenders = (
-        Contender("lorasurgery", (*OURS, "merge", setting.base, setting.adapter, "-o", ours), ours),
+        Contender("lorasurgery", (*OURS, "merge", setting.base, adapter, "-o", ours), ours),
         Contender(
             "PEFT",
-            (sys.executable, PEERS / "peft_merge.py", setting.base, setting.adapter, theirs),
+            (sys.executable, PEERS / "peft_merge.py", setting.base, adapter, theirs),
             theirs,
         ),
         Contender("cp", ("cp", "-rL", setting.base, copy), copy),
     )
-    row = alternate("merge a rank-16 LoRA, file to file", contenders, setting.repeats)
+    row = alternate(name, contenders, setting.repeats)
     compare(contenders, "near")
     return row
+
+
+def prune(setting: Setting) -> Row:
+    """One weight's change, from its factors."""
+    return _smaller(setting, "prune", "prune a LoRA of rank 64 to 16")
+
+
+def extract(setting: Setting) -> Row:
+    """One weight's change, from two weights."""
+    return _smaller(setting, "extract", "extract a LoRA of rank 16")
+
+
+def _smaller(setting: Setting, which: str, name: str) -> Row:
+    size = json.loads((setting.base / "config.json").read_text())["hidden_size"]
+    done = run((sys.executable, "-m", "benchmarks.svd_in_process", str(setting.repeats), str(size)))
+    times = json.loads(done.stdout)[which]
+    sides = Side("lorasurgery", times["ours"]), Side("torch.linalg.svd", times["peer"])
+    return Row(f"{name}, one {size} x {size} weight, in process", sides)
 
 
 def help_(setting: Setting) -> Row:
@@ -149,5 +198,7 @@ def inspect(setting: Setting) -> Row:
 
 
 ROWS: dict[str, Callable[[Setting], Row]] = {
-    "nf4": nf4, "quantize": quantize, "merge": merge, "help": help_, "inspect": inspect,
+    "nf4": nf4, "dequantize-kernel": dequantize_kernel, "merge-kernel": merge_kernel,
+    "matvec-kernel": matvec_kernel, "quantize": quantize, "merge": merge,
+    "merge-dora": merge_dora, "prune": prune, "extract": extract, "help": help_, "inspect": inspect,
 }  # fmt: skip

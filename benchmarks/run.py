@@ -20,14 +20,16 @@ PEERS = ("torch", "transformers", "bitsandbytes", "peft", "safetensors", "numpy"
 
 def prepare(shape: str, scratch: Path, repeats: int) -> Setting:
     """The base and its adapter, made once and then kept."""
-    base, adapter = scratch / shape, scratch / f"{shape}-lora"
+    base, adapter, dora = (scratch / f"{shape}{end}" for end in ("", "-lora", "-dora"))
     if not (base / "model.safetensors").exists():
         say(f"making {base}")
         run((sys.executable, "-m", "benchmarks.make_model", shape, base))
     if not (adapter / "adapter_model.safetensors").exists():
         run((sys.executable, "-m", "benchmarks.make_adapter", shape, adapter))
+    if not (dora / "adapter_model.safetensors").exists():
+        run((sys.executable, "-m", "benchmarks.make_adapter", shape, dora, "--dora"))
     warm(base / "model.safetensors")
-    return Setting(base, adapter, scratch / "runs", repeats)
+    return Setting(base, adapter, dora, scratch / "runs", repeats)
 
 
 def warm(file: Path) -> None:

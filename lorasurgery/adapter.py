@@ -92,18 +92,19 @@ class Adapter:
     load_added: Callable[[str], Array]  # one of `added`: float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
-    # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
-    base_config: Mapping[str, Any] = field(default_factory=dict)
     # where factors depend on the base (VeRA's projections): the adapter with all of them, from the
     # shapes of what it adapts by module and parameter; None where nothing is missing
     complete: Callable[[Mapping[str, tuple[int, ...]]], Adapter] | None = None
+    # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
+    base_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Variant(Protocol):
     """What a module in adapters/ offers. W is [out, in]; all maths in float32.
 
     A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
-    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row.
+    row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row, and by its
+    own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW.
     """
 
     @property

@@ -20,6 +20,8 @@ from lorasurgery.tensors import TensorInfo
 Merged: TypeAlias = tuple[Array, float, float, float]
 # rows start:stop of a weight, or of what is made of them
 Rows: TypeAlias = Callable[[int, int], Array]
+# what Piece.merge does, of rows from the given one on: (W, first row, dtype, (seed, offset))
+Fused: TypeAlias = Callable[[Array, int, Any, tuple[int | None, int]], Merged]
 
 # from 128 KiB on, malloc would map and unmap each of the arrays that a few rows are made into
 _ELEMENTS = 16 << 10
@@ -86,6 +88,7 @@ class Made:
     start: int
     stop: int
     columns: int
+    fused: Fused | None = None
 
     def rows(self) -> Array:
         made = np.empty((self.stop - self.start, self.columns), np.float32)
@@ -94,6 +97,8 @@ class Made:
         return made
 
     def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
+        if self.fused:
+            return self.fused(w, self.start, dtype, (seed, offset))
         merged = np.empty(w.shape, dtype)
         sums = np.zeros(3)
         for part in self._parts():
@@ -198,6 +203,7 @@ class ByRows:
     make: Rows
     rows: int
     columns: int
+    fused: Fused | None = None  # the same and the sum with W, where W is what it is made of
 
     @property
     def rank(self) -> int:
@@ -214,7 +220,7 @@ class ByRows:
 
     def tiles(self, start: int, stop: int) -> Iterator[tuple[slice, Piece]]:
         """As LowRank's."""
-        yield slice(None), Made(self.make, start, min(stop, self.rows), self.columns)
+        yield slice(None), Made(self.make, start, min(stop, self.rows), self.columns, self.fused)
 
 
 Change: TypeAlias = LowRank | Dense | ByRows

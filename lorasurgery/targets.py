@@ -16,7 +16,7 @@ from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
-    from lorasurgery.change import Change, LowRank, Rows
+    from lorasurgery.change import Change, Fused, LowRank, Merged, Rows
     from lorasurgery.model import Model
 
 
@@ -71,6 +71,20 @@ class Share:
         factors, rows = self.site.factors, self.info.shape[0] if self.info.shape else 1
         return whole and bool(names) and all(factors[name].shape[0] == rows for name in names)
 
+    def fused(self) -> Fused | None:
+        """What merges a few rows in one pass, if the variant can and nothing weighs it."""
+        variant, config, factors = self.variant, self.site.config, dict(self.site.load())
+        merge, names = getattr(variant, "merge", None), getattr(variant, "ROWS", ())
+        if merge is None or self.weight != 1.0:
+            return None
+
+        def run(w: Array, start: int, dtype: Any, chance: tuple[int | None, int]) -> Merged:
+            of = {n: f[start : start + len(w)] if n in names else f for n, f in factors.items()}
+            merged: Merged = merge(w, of, config, dtype, chance)
+            return merged
+
+        return run
+
     def some(self) -> Callable[[Array, int], Array]:
         """What makes the change of a few rows, from them and the number of their first."""
         variant, config, factors = self.variant, self.site.config, dict(self.site.load())
@@ -91,12 +105,12 @@ class Target:
     tensor: str
     shares: tuple[Share, ...]
 
-    def change(self, weight: Rows | None = None) -> Change:
+    def change(self, weight: Rows | None = None, *, own: bool = False) -> Change:
         """What is added to the weight that `weight` reads.
 
         Low-rank shares lie side by side: a sum of products is a product of rank r1 + r2. A change that
         is no such product is made of the weight, one share after another, row by row if it can be;
-        where `weight` is None, it cannot be known, and is nothing.
+        where `weight` is None, it cannot be known, and is nothing. `own`: it is added to that weight.
         """
         import numpy as np
 
@@ -113,7 +127,8 @@ class Target:
         info = self.shares[0].info
         rows = info.shape[0] if info.shape else 1
         if all(share.by_rows for share in self.shares):
-            return ByRows(self._by_rows(weight), rows, info.numel // max(1, rows))
+            fused = self.shares[0].fused() if own and len(self.shares) == 1 else None
+            return ByRows(self._by_rows(weight), rows, info.numel // max(1, rows), fused)
         w = widened(weight(0, rows))
         total = w.copy()
         for share in self.shares:

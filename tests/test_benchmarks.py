@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks import gpu
 from benchmarks.rows import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -25,3 +29,33 @@ def test_every_row_runs_on_a_toy_model_and_both_sides_agree(tmp_path):
         assert row["sides"][0]["times_ours"] == 1.0
         assert all(side["seconds"] > 0 for side in row["sides"])
         assert f"| {row['name']} | lorasurgery |" in done.stdout
+
+
+def test_the_gpu_s_benchmark_says_in_one_line_that_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        # there it is the benchmark itself that is run, by hand
+        return
+    command = [sys.executable, "-m", "benchmarks.gpu", "--output", tmp_path / "gpu.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no GPU here: nothing measured\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gpu_s_table_and_record_say_what_was_measured():
+    rows = [gpu.Row("linear", (gpu.Side("ours", [2e-6, 1e-6, 9e-6]), gpu.Side("peer", [5e-6])))]
+    assert gpu.table(rows).splitlines()[2:] == [
+        "| linear | ours | 2.0 |  |",
+        "|  | peer | 5.0 | 2.5 |",
+    ]
+    found = gpu.record(rows, "NVIDIA Made-up")
+    assert found["device"] == "NVIDIA Made-up"
+    assert found["rows"][0]["sides"][1] == {"name": "peer", "seconds": [5e-6]}
+
+
+def test_the_gpu_s_benchmark_refuses_to_time_what_is_wrong():
+    x = torch.ones(3)
+    gpu.check({"ours": lambda: x * (1 + 2.0**-8), "plain": lambda: x}, "linear")
+    with pytest.raises(AssertionError, match=r"^linear: ours is wrong$"):
+        gpu.check({"ours": lambda: x * 1.1, "plain": lambda: x}, "linear")
+    with pytest.raises(AssertionError, match=r"^linear: ours \[2\]$"):
+        gpu.check({"ours": lambda: x[:2], "plain": lambda: x}, "linear")

@@ -1,5 +1,9 @@
 """Laws of NF4 and of its second level: nearest levels, tiles, chance, sums in torch's order."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -156,6 +160,28 @@ def test_codes_are_looked_up_alike_by_permutation_and_by_table(n, monkeypatch):
     for got in (compiled, plain):
         np.testing.assert_array_equal(got[:n].view(np.float32), want)
         assert got[n] == 0
+
+
+def test_a_processor_without_avx_512_gives_the_same_bits():
+    code = """
+import sys, zlib, numpy as np
+from lorasurgery.kernels import _nf4_lookup, nf4_dequantize, nf4_matvec
+rng = np.random.default_rng(0)
+codes, x = rng.integers(0, 256, 5 * 384, np.uint8), rng.standard_normal((2, 384), np.float32)
+y = nf4_matvec.run(x, codes, rng.random(30, np.float32), 128, 10, nf4_dequantize.NF4)
+w = nf4_dequantize.run(codes, rng.random(30, np.float32), 128, 3840, x.dtype, nf4_dequantize.NF4)
+print(_nf4_lookup.WIDE, zlib.crc32(y.tobytes()), zlib.crc32(w.tobytes()))
+"""
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    plain, here = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True, text=True, check=True, env={**os.environ, **env},
+        ).stdout.split()
+        for env in (generic, {})
+    )  # fmt: skip
+    assert plain[0] == "False"
+    assert plain[1:] == here[1:]
 
 
 def test_errors_of_tiles_add_up():

@@ -211,3 +211,9 @@ def test_inspect_tells_graph_and_initializers(tmp_path: Path) -> None:
         ("b", (33,)), ("layer.0.key.weight", (33, 96)), ("layer.0.value.weight", (50, 33)),
         ("onnx::MatMul_7", (70, 96)),
     ]  # fmt: skip
+
+
+def test_a_directory_whose_weights_are_a_graph_is_inspected(tmp_path: Path) -> None:
+    path = made.chain(tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text("{}")
+    assert inspect(str(tmp_path)) == inspect(str(path))

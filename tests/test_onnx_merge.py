@@ -197,6 +197,7 @@ def test_maps_that_name_nothing_are_refused(
         (("merge", "{base}", "{adapter}", "--requantize", "rtn"), "--requantize"),
         (("unmerge", "{base}", "{adapter}", "--undo", "u"), "--undo"),
         (("quantize", "{base}", "--no-double-quant"), "--no-double-quant"),
+        (("quantize", "{base}", "--resume"), "--resume"),
     ],
 )
 def test_flags_that_mean_nothing_to_onnx_are_refused(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lorasurgery.adapter import AdapterConfig
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from lorasurgery.adapter import A
+    from lorasurgery.arrays import Array
 
+# a seed, or None, and the index of the first element
+Chance: TypeAlias = tuple[int | None, int]
 LINEAR_IN_W = False
 ROWS = ("B", "m")
 
@@ -44,6 +47,16 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
     change: A = gain(v, factors["m"]) * v
     change -= w
     return change
+
+
+def merge(
+    w: Array, factors: Mapping[str, Array], config: AdapterConfig, dtype: Any, chance: Chance
+) -> tuple[Array, float, float, float]:
+    """Some rows W' rounded once, and what was kept, in one pass: as change.Piece's merge."""
+    from lorasurgery.kernels import dora_merge
+
+    b = factors["B"] * factors["B"].dtype.type(config.scaling)
+    return dora_merge.run(w, factors["A"], b, factors["m"].reshape(-1), dtype, *chance)
 
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorasurgery.adapter import A
 
 LINEAR_IN_W = False
+ROWS = ("l",)
 
 
 def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:

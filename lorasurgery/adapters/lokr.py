@@ -80,12 +80,9 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
     return x @ w.T + config.scaling * change
 
 
-def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
-    """W₁ = [1]: the split of decompose_factor 1, where W₂ has the shape of W."""
-    one = _eye(a, 1)
-    if 2 * len(a) < max(len(b), a.shape[1]):
-        return {"W1": one, "W2A": b, "W2B": a}
-    return {"W1": one, "W2": b @ a}
+def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
+    """Only with W₁ = [1], which is a LoRA by another name."""
+    return None
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:

@@ -32,6 +32,10 @@ def _fixed(x: float) -> str:
     return f"{x:.3f}"
 
 
+def _yes(x: float) -> str:
+    return "yes" if x == 1 else "no"
+
+
 def _farthest_from_one(values: list[float]) -> float:
     return max(values, key=lambda x: abs(x - 1))
 
@@ -47,6 +51,15 @@ COLUMNS = {
     "retained_signal": Column("retained", _fixed, _farthest_from_one),
     "rank": Column("rank", _number),
     "rank_before": Column("rank before", _number),
+    "difference": Column("difference", _percent),
+    "share": Column("explained", _percent, min),
+    "explained": Column("explained by all", _percent),
+    "coefficient": Column("coefficient", _fixed),
+    "exact_form": Column("exact", _yes, min),
+    "exact_modules": Column("exact", _number),
+    "weight_error": Column("error of W'", _percent),
+    "angle_in": Column("angle in", _fixed, min),
+    "angle_out": Column("angle out", _fixed, min),
     "energy": Column("energy kept", _percent, min),
     "replaced": Column("replaced", show_count, None),
     "restored": Column("restored", show_count, None),

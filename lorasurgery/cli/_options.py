@@ -126,7 +126,9 @@ class WritingAdapter:
     ] = False
     dialect: Annotated[
         str | None,
-        typer.Option("--dialect", show_default="the input's", help="The layout to write."),
+        typer.Option(
+            "--dialect", show_default="the input's, if it can be", help="The layout to write."
+        ),
     ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
@@ -144,9 +146,12 @@ class WritingAdapter:
         )
 
 
-def refuse_flags(path: Path, given: Mapping[str, object]) -> None:
+def refuse_flags(path: Path, writing: Writing, given: Mapping[str, object]) -> None:
     """Raise UsageError for a flag that means nothing to an ONNX file."""
-    if named := [flag for flag, value in given.items() if value]:
+    how = {
+        "--resume": writing.resume, "--durable": writing.durable, "--max-memory": writing.max_memory,
+    }  # fmt: skip
+    if named := [flag for flag, value in {**given, **how}.items() if value]:
         raise UsageError(
             f"{named[0]}: means nothing to an ONNX file, and {path} is one. Take it away."
         )

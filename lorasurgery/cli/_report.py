@@ -57,6 +57,13 @@ def as_json(report: Report, output: Path | None) -> dict[str, Any]:
 
 def as_table(report: Report, output: Path | None, printing: Printing) -> str:
     """A row for each layer pattern (with -v each tensor), the totals, and where it went."""
+    seconds = f"in {report.seconds:.1f} s"
+    done = f"wrote {output} {seconds}" if output else f"dry run {seconds}, nothing written"
+    return "\n".join([*rows_of(report, printing), done])
+
+
+def rows_of(report: Report, printing: Printing) -> list[str]:
+    """The table and the totals; notes go to stderr."""
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
     folds = (
@@ -64,9 +71,7 @@ def as_table(report: Report, output: Path | None, printing: Printing) -> str:
         if printing.verbose
         else fold(report.results, lambda r: r.name, lambda r: tuple(r.metrics))
     )
-    seconds = f"in {report.seconds:.1f} s"
-    done = f"wrote {output} {seconds}" if output else f"dry run {seconds}, nothing written"
-    return "\n".join([*_rows(folds), *_totals(report.total), done])
+    return [*_rows(folds), *_totals(report.total)]
 
 
 def _rows(folds: list[Fold[Result]]) -> list[str]:

@@ -94,7 +94,7 @@ def command(
             "--requantize": requantize, "--tied": tied != "auto", "--plot": plot,
             "--dtype": dtype != "auto",
         }  # fmt: skip
-        refuse_flags(source, foreign)
+        refuse_flags(source, writing, foreign)
         onnx = OnnxMergeOptions(
             read_map(map_file) if map_file else {},
             tuple(allow_unmatched or ()),

@@ -65,7 +65,7 @@ def command(
     if source.suffix == ".onnx":
         from lorasurgery.operations.quantize_onnx import OnnxQuantizeOptions, quantize_onnx
 
-        refuse_flags(source, {"--no-double-quant": not double_quant})
+        refuse_flags(source, writing, {"--no-double-quant": not double_quant})
         accuracy = 4 if accuracy_level is None else accuracy_level
         onnx = OnnxQuantizeOptions(weights, block_size, not zero_points, accuracy, wanted, unwanted)
         carry_out(lambda output, how: quantize_onnx(source, output, onnx, how), writing, printing)

@@ -54,7 +54,7 @@ def command(
         from lorasurgery.export._onnx_modules import read_map
         from lorasurgery.operations.merge_onnx import OnnxMergeOptions, merge_onnx
 
-        refuse_flags(source, {"--undo": undo, "--tied": tied != "auto"})
+        refuse_flags(source, writing, {"--undo": undo, "--tied": tied != "auto"})
         given = read_map(map_file) if map_file else {}
         onnx = OnnxMergeOptions(given, tuple(allow_unmatched or ()), out=True)
         carry_out(

@@ -34,7 +34,8 @@ def write(
     for site in adapter.sites:
         for end, shape, load in stored(site):
             key = f"{PREFIX}{site.module}.{end}"
-            tensors[key] = (TensorInfo(key, "F32", shape), load)
+            dtype = _dtype(site)
+            tensors[key] = (TensorInfo(key, dtype, shape), _as(dtype, load))
     tensors |= dict(wholes(adapter))
     save(folder, {**config_of(adapter, kind), **fields}, tensors)
 
@@ -51,6 +52,20 @@ def factor(
         return np.ascontiguousarray(found.T if turned else found, np.float32)
 
     return info.shape[::-1] if turned else info.shape, load
+
+
+def _dtype(site: Site) -> str:
+    """All factors of a site are written in one dtype."""
+    return next((info.dtype for info in site.factors.values()), "F32")
+
+
+def _as(dtype: str, load: Callable[[], Array]) -> Callable[[], Array]:
+    def cast() -> Array:
+        from lorasurgery.arrays import NUMPY
+
+        return load().astype(NUMPY[dtype], copy=False)
+
+    return cast
 
 
 def ranks(adapter: Adapter) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lorasurgery.tensors import TensorInfo
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
-VARIANTS = ("lora", "dora")
+VARIANTS = ("lora", "dora", "pissa", "olora")
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -152,6 +152,8 @@ def _site(
         )
     layout = "experts" if experts > 1 else "parameter" if stacked else "linear"
     layout = "embedding" if group.embedding else layout
+    if group.embedding and site_config.variant in _peft_lora_config.STARTS:
+        site_config = replace(site_config, variant="lora")  # embeddings start at zero all the same
     read = _reader(source, keys, layout, experts)
     shapes = _turned_shapes(a, b, layout, experts)
     if "m" in keys:

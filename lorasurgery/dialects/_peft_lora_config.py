@@ -46,6 +46,8 @@ REFUSED = {
 _TIED = ("embed_tokens", "lm_head", "wte")
 # starts that take something out of the base, which the saved factors rely on
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# those of them that the base alone gives again
+STARTS = ("pissa", "olora")
 
 
 def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
@@ -61,7 +63,12 @@ def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
             "knows what its bias is scaled by. Set one to false."
         )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_MUTATING):
+    again = start in STARTS and not config.get("use_dora")
+    if start == "olora" and config.get("fan_in_fan_out"):
+        again = (
+            False  # PEFT takes it out of W as it is stored, [in, out], and adds B A the other way
+        )
+    if isinstance(start, str) and start.lower().startswith(_MUTATING) and not again:
         raise MatchError(
             f"{path}: init_lora_weights is {start!r}: its factors belong to a base that was changed "
             "at the start of training. Save it with path_initial_model_for_weight_conversion."
@@ -89,7 +96,8 @@ def site_config(config: Mapping[str, Any], key: str) -> AdapterConfig:
         ) from None
     if rank < 1:
         raise FormatError(f"{key}: rank {rank} is not positive. Mend adapter_config.json.")
-    variant = "dora" if config.get("use_dora") else "lora"
+    start = config.get("init_lora_weights")
+    variant = "dora" if config.get("use_dora") else start if start in STARTS else "lora"
     return AdapterConfig(variant, rank, alpha, bool(config.get("use_rslora")))
 
 

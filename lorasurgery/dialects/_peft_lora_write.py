@@ -68,10 +68,13 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
             f"{adapter.path}: some sites are scaled by alpha / sqrt(r) and some by alpha / r, which "
             "PEFT has one flag for. Bake the scale in."
         )
-    if len({site.config.variant for site in adapter.sites}) > 1:
+    variants = {s.config.variant for s in adapter.sites if s.layout != "embedding"}
+    variants = variants or {site.config.variant for site in adapter.sites}
+    if len(variants) > 1:
+        several = " and some ".join(sorted(variants))
         raise FormatError(
-            f"{adapter.path}: some sites are LoRA and some DoRA, which PEFT has one flag for. Convert "
-            "them to one of them."
+            f"{adapter.path}: some sites are {several}, which PEFT has one flag for. Convert them to one "
+            "of them."
         )
     # of another layout's or another type's settings, what LoRA has too
     known = {*lora.READ, *lora.SILENT} - set(_DERIVED) if adapter.dialect == "peft" else set()
@@ -95,7 +98,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
-        "init_lora_weights": True,
+        "init_lora_weights": next(iter(variants & set(lora.STARTS)), True),
     }
 
 
@@ -112,7 +115,8 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:
             yield key, (info, _stored(site, letter))
         if "m" in site.factors:
             key = f"{under}.lora_magnitude_vector"
-            yield key, (TensorInfo(key, "F32", _magnitudes(adapter, site)), _stored(site, "m"))
+            dtype = site.factors["m"].dtype
+            yield key, (TensorInfo(key, dtype, _magnitudes(adapter, site)), _stored(site, "m"))
     yield from wholes(adapter)
     scalings = {f"{site.module}.bias": site.config.scaling for site in adapter.sites}
     for name, info in adapter.added.items():

@@ -99,6 +99,12 @@ def read(path: Path, config: Mapping[str, Any], source: Checkpoint) -> Adapter:
             return problem
         if len(keys["b"].shape) != 1 or keys["d"].shape != (rank,):
             return form.unfit(module, keys, KIND, rank)
+        wide = source.info(SHARED["B"]).shape if "B" in named else keys["b"].shape
+        if wide[0] < keys["b"].shape[0]:
+            return Problem(
+                keys["b"].name,
+                f"{module}: vera_B is {list(wide)}, but vera_lambda_b has {keys['b'].shape[0]} rows",
+            )
         facts = {name: TensorInfo(info.name, "F32", info.shape) for name, info in keys.items()}
         facts["B"] = TensorInfo(SHARED["B"], "F32", (*keys["b"].shape, rank))
         said = AdapterConfig("vera", rank, float(rank))

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from lorasurgery import dialects
 from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, open_file, read_json
-from lorasurgery.dialects import _sayable
+from lorasurgery.dialects import _peft_other_types, _sayable
 from lorasurgery.errors import FormatError, UnknownNameError
 
 CONFIG = "adapter_config.json"
@@ -67,10 +67,12 @@ def read(path: Path) -> Adapter:
     config = read_json(path / CONFIG)
     kind = str(config.get("peft_type") or "LORA").upper()
     known = _forms()
+    if kind in _peft_other_types.TYPES:
+        return _peft_other_types.read(path, config, _weights(path))
     if kind not in known:
         raise UnknownNameError(
             f"{path / CONFIG}: peft_type {kind!r} is no variant that is read here. Known: "
-            f"{', '.join(sorted(known))}."
+            f"{', '.join(sorted({*known, *_peft_other_types.TYPES}))}."
         )
     return _form(known[kind]).read(path, config, _weights(path))
 
@@ -79,6 +81,9 @@ def write(adapter: Adapter, folder: Path) -> None:
     """The adapter in the form that holds all of its sites. Raises FormatError where there is none."""
     _sayable.joined(adapter, "PEFT")
     wanted = {site.config.variant for site in adapter.sites}
+    if wanted == set(_peft_other_types.VARIANTS):
+        _peft_other_types.write(adapter, folder)
+        return
     for module in _forms().values():
         if wanted <= set(_form(module).VARIANTS):
             _form(module).write(adapter, folder)
@@ -96,4 +101,7 @@ def _weights(path: Path) -> Checkpoint:
     raise FormatError(f"{path}: {CONFIG} stands alone. {_FILES[0]} is missing; restore it.")
 
 
-VARIANTS = tuple(v for module in _forms().values() for v in _form(module).VARIANTS)
+VARIANTS = (
+    *(v for module in _forms().values() for v in _form(module).VARIANTS),
+    *_peft_other_types.VARIANTS,
+)

@@ -6,7 +6,8 @@ no weights; writing streams them, one at a time, into the file or into one besid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ class Edited:
         import onnx_ir as ir
 
         self.file = file
-        self.model: ir.Model = ir.from_proto(_skeleton(file))
+        _check_names(file)
+        with _named(file):
+            self.model: ir.Model = ir.from_proto(_skeleton(file))
         self.graph = self.model.graph
         self.nodes = list(self.graph)
         self.made: dict[str, Callable[[], Array]] = {}
@@ -85,7 +88,8 @@ class Edited:
             for value in list(self.graph.inputs):
                 if value.is_initializer():
                     self.graph.inputs.remove(value)
-        return ir.to_proto(self.model)
+        with _named(self.file):
+            return ir.to_proto(self.model)
 
     def _refuse_hidden(self) -> None:
         """Data of subgraphs and of Constant nodes stays inline; beside the file it would be lost."""
@@ -106,6 +110,38 @@ class Edited:
                 f"{self.file.path}: {hidden[0]} belongs to a subgraph or a Constant, and has its data in "
                 "another file. Export it with that data inline."
             )
+
+
+@contextmanager
+def _named(file: File) -> Iterator[None]:
+    """What protobuf and onnx_ir say of a broken graph, as an error that names the file."""
+    from google.protobuf.message import DecodeError
+    from onnx_ir.serde import SerdeError
+
+    try:
+        yield
+    except (DecodeError, SerdeError) as error:
+        why = str(error).split(":")[0].splitlines()[0]
+        raise FormatError(
+            f"{file.path}: its graph cannot be read ({why}). Export it again."
+        ) from None
+
+
+def _check_names(file: File) -> None:
+    """Raise FormatError for a value that is used and that nothing makes."""
+    header = file.header
+    known = {
+        "",
+        *header.inputs,
+        *header.initializers,
+        *(o for n in header.nodes for o in n.outputs),
+    }
+    uses = [(n.name or n.op, name) for n in header.nodes for name in n.inputs]
+    # what sparse initializers are called is not read
+    wrong = [(by, name) for by, name in uses if name not in known and not header.sparse]
+    if wrong or "" in header.initializers:
+        by, name = wrong[0] if wrong else ("the graph", "")
+        raise FormatError(f"{file.path}: {by} uses {name!r}, which nothing makes. Export it again.")
 
 
 def _promise(name: str, dtype: Any, shape: tuple[int, ...]) -> ir.ExternalTensor:

@@ -72,7 +72,7 @@ def called(header: Header, linear: Linear) -> set[str]:
 
 def _multiplies(node: Node) -> bool:
     """Whether it is a plain product with its second input, and nothing that would have to be folded in."""
-    if len(node.inputs) < 2:
+    if len(node.inputs) < 2 or not node.outputs:
         return False
     if node.op == "MatMul":
         return True
@@ -86,9 +86,9 @@ def _way(header: Header, makers: Mapping[str, Node], name: str) -> _Way | None:
     names, transposed = [name], False
     while (maker := makers.get(name)) is not None and len(names) < 8:
         perm = maker.attributes.get("perm", (1, 0))
-        if maker.op == "Transpose" and perm == (1, 0):
+        if maker.op == "Transpose" and perm == (1, 0) and maker.inputs:
             transposed = not transposed
-        elif maker.op != "Identity":
+        elif maker.op != "Identity" or not maker.inputs:
             return None
         name = maker.inputs[0]
         names.append(name)
@@ -113,12 +113,15 @@ def _uses(header: Header) -> dict[str, list[int]]:
 def _leaves(header: Header, uses: Mapping[str, list[int]], name: str) -> set[int]:
     """The nodes that a value reaches through Transposes and Identities; -1 is a graph's output."""
     found: set[int] = set()
-    for index in uses.get(name, ()):
-        node = header.nodes[index]
-        if index >= 0 and node.op in ("Transpose", "Identity"):
-            found |= _leaves(header, uses, node.outputs[0])
-        else:
-            found.add(index)
+    names, seen = [name], set()
+    while names:
+        for index in uses.get(names.pop(), ()):
+            node = header.nodes[index]
+            if index < 0 or node.op not in ("Transpose", "Identity"):
+                found.add(index)
+            elif index not in seen:
+                seen.add(index)
+                names += node.outputs
     return found
 
 

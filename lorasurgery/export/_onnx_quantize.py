@@ -51,7 +51,7 @@ class Packing:
         digest = f"blake3:{blake3.blake3(as_bytes(stored)).hexdigest()}"
         w = np.ascontiguousarray(stored.T if self.linear.turned else stored)
         self.file.release(name)
-        if not np.isfinite(w.min() + w.max()):
+        if not (np.isfinite(w.min()) and np.isfinite(w.max())):
             raise ValueRangeError(
                 f"{self.file.path}: {name} holds values that are not finite. Leave it out with "
                 f"--exclude {name}."

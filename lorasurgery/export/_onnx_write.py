@@ -54,11 +54,9 @@ def write(
     """
     proto = edited.proto()
     sizes = {t.name: _nbytes(edited, t) for t in proto.graph.initializer if _comes(edited, t)}
-    outside = sum(sizes.values()) > INLINE or any(
-        stored.external for stored in edited.file.header.initializers.values()
-    )
+    outside = sum(sizes.values()) > INLINE or bool(edited.file.data_files)
     check_room(path, sum(sizes.values()))
-    old = _data_files(path)
+    old = _data_files(path) - edited.file.data_files
     data = _free(path) if outside else None
     with _partial(path) as folder, writing(path, "the model"):
         if data:
@@ -167,16 +165,15 @@ def _free(path: Path) -> Path:
     return next(p for p in map(path.with_name, names) if not p.exists())
 
 
-def _data_files(path: Path) -> list[Path]:
+def _data_files(path: Path) -> set[Path]:
     """What the model that is there has its data in, where those files are named after it."""
     if not path.exists():
-        return []
+        return set()
     try:
-        stored = File(path).header.initializers.values()
+        files = File(path).data_files
     except FormatError:
-        return []
-    files = {s.file for s in stored if s.external and s.file is not None}
-    return [file for file in files if file.name.startswith(path.name + ".data")]
+        return set()
+    return {file for file in files if file.name.startswith(path.name + ".data")}
 
 
 @contextmanager

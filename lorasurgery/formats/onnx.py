@@ -96,6 +96,11 @@ class File:
         stored = self._stored[name]
         return stored.type.dtype or stored.type.name, stored.nbytes
 
+    @property
+    def data_files(self) -> set[Path]:
+        """What lies beside the model's own file."""
+        return {s.file for s in self._stored.values() if s.external and s.file is not None}
+
     def mapped(self) -> tuple[mmap.mmap, int]:
         """The model file's own bytes, and how many there are."""
         return self._map(self.path), len(self._map(self.path))

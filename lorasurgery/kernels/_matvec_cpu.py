@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lorasurgery.kernels._floats import load
-from lorasurgery.kernels._nf4_lookup import look_up
+from lorasurgery.kernels._floats import load, nearest
+from lorasurgery.kernels._nf4_lookup import WIDE, look_up
+from lorasurgery.kernels._nf4_wide import gather, row, spread
 from lorasurgery.kernels._numba import inner, jit
 
 LANES = 64  # running sums
@@ -22,8 +23,11 @@ f4, u8 = np.float32, np.uint64
 def matvec(
     codes: Any, absmax: Any, block: Any, pairs: Any, x: Any, first: Any, out: Any
 ) -> Any:  # fmt: skip
-    """out[k, i] = Σ over j of x[k, j] · w[first + i, j]; x float32 [m, in], out float32 [m, rows]."""
+    """out[k, i] = Σ over j of x[k, j] · w[first + i, j]; x [m, in] not empty, out float32 [m, rows]."""
     m, n = x.shape
+    if WIDE and n % block == 0 and block % LANES == 0:
+        _wide(codes, (absmax, block), pairs, x, first, out)
+        return
     padded = (n + LANES - 1) // LANES * LANES
     values, sums, wide = np.zeros(padded // 2, u8), np.empty(LANES, f4), np.zeros((m, padded), f4)
     w = values.view(f4)
@@ -34,24 +38,54 @@ def matvec(
         start = (first + i) * n
         if n % 2 == 0 and n % block == 0:
             look_up(codes[start // 2 : (start + n) // 2], pairs, values)
-            _scale(w[:n], absmax[start // block : (start + n) // block], block)
+            _scale(w[:n], absmax[start // block : (start + n) // block], block, x)
         else:
             _decode_across(codes, absmax, block, pairs.view(f4), start, w[:n])
+            _round(w[:n], x)
         for k in range(m):
             out[k, i] = _dot(w, wide[k], sums)
 
 
 @inner
-def _scale(w: Any, absmax: Any, block: Any) -> Any:
+def _wide(codes: Any, scales: Any, pairs: Any, x: Any, first: Any, out: Any) -> Any:
+    """The same by permutations: a scaled table for each block takes the place of decoded weights."""
+    (absmax, block), (m, n) = scales, x.shape
+    # the first 16 words are the pairs of level 0 with each level
+    blocks, table = n // block, pairs.view(f4)[1:32:2].copy()
+    plain, apart = np.empty(n, f4), np.empty((m, n), f4)
+    mixed, sums, size = np.empty(LANES, f4), np.empty(LANES, f4), (blocks, block // LANES)
+    for k in range(m):
+        for j in range(n):
+            plain[j] = load(x[k, j])
+        spread(plain, apart[k])
+    for i in range(out.shape[1]):
+        start = (first + i) * n
+        here = absmax[start // block : (start + n) // block], table, x
+        for k in range(m):
+            row(codes[start // 2 : (start + n) // 2], here, apart[k], size, mixed)
+            gather(mixed, sums)
+            out[k, i] = _by_halves(sums)
+
+
+@inner
+def _scale(w: Any, absmax: Any, block: Any, x: Any) -> Any:
     """Loops of a fixed length, where blocks are no shorter, become vector code without a remainder."""
     if block >= LANES:
         for at in range(0, len(w), LANES):
             part, scale = w[at : at + LANES], absmax[at // block]
             for j in range(LANES):
-                part[j] *= scale
+                part[j] = load(nearest(x[0, 0], part[j] * scale))
     else:
         for j in range(len(w)):
             w[j] *= absmax[j // block]
+        _round(w, x)
+
+
+@inner
+def _round(w: Any, x: Any) -> Any:
+    """To the dtype of x, as weights that were dequantized beforehand are."""
+    for j in range(len(w)):
+        w[j] = load(nearest(x[0, 0], w[j]))
 
 
 @inner
@@ -81,6 +115,11 @@ def _dot(w: Any, x: Any, sums: Any) -> Any:
         for k in range(LANES):
             sums[k] += a[k] * b[k]
         at += LANES
+    return _by_halves(sums)
+
+
+@inner
+def _by_halves(sums: Any) -> Any:
     width = LANES // 2
     while width:
         for k in range(width):

@@ -136,3 +136,10 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
         for axis in (0, 1):
             yield f"{rows}x{columns}-{axis}", (w, grad, old.abs(), spread.abs(), axis)
         yield f"{rows}x{columns}-first", (w, grad, 0 * old, 0 * spread, 1, 0.5, 0.99)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A hundred layers' A at rank 12, for a clock."""
+    import torch
+
+    return *torch.rand(4, 12, 100 * side, generator=rng), 1

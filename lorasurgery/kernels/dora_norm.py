@@ -98,3 +98,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     a, b = torch.randn(1, 300, generator=rng), torch.randn(6, 1, generator=rng)
     yield "cancels", (-(b @ a) * (1 + 1e-5), a, b)
     yield "huge", (torch.full((2, 70), 1e38), torch.ones(1, 70), torch.ones(2, 1))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer of bfloat16 at rank 16, for a clock."""
+    import torch
+
+    w = 0.02 * torch.randn(side, side, generator=rng)
+    return w.to(torch.bfloat16), *lora_delta.sized(rng, side)

@@ -127,3 +127,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"{n}x{out}-{kind}", (base.to(kind), lora.to(kind), magnitude, norm)
     base = torch.randn(9, 4, generator=rng).T
     yield "transposed", (base, torch.ones(4, 9), torch.ones(9), torch.zeros(9))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """As many tokens as features, in bfloat16, for a clock."""
+    import torch
+
+    base, lora = torch.randn(2, side, side, generator=rng).to(torch.bfloat16)
+    return base, lora, *torch.rand(2, side, generator=rng)

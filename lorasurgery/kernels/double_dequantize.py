@@ -116,3 +116,12 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"{n}", (q, nested, np.float32(0.37))
     q, nested = torch.arange(256, dtype=torch.uint8), torch.rand(4, generator=rng)
     yield "own-table", (q, nested, np.float32(-0.1), 64, torch.randn(256, generator=rng))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """The scales of 64 layers, for a clock."""
+    import torch
+
+    n = side * side
+    q = torch.randint(0, 256, (n,), dtype=torch.uint8, generator=rng)
+    return q, torch.rand(-(-n // 256), generator=rng), np.float32(0.37)

@@ -107,3 +107,10 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "equal", (torch.full((300,), 0.25),)
     yield "tiny", (1e-42 * torch.rand(300, generator=rng),)
     yield "threads", (torch.rand(70001, generator=rng),)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """The scales of 64 layers, for a clock."""
+    import torch
+
+    return (torch.rand(side * side, generator=rng),)

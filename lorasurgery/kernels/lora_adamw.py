@@ -178,3 +178,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     w = torch.randn(300, generator=rng)
     yield "first", (w, torch.randn(300, generator=rng), zero, zero, 100, 1, Rates(2e-4, 4.0))
     yield "no-gradient", (w, zero, zero, zero, 100, 1, Rates(2e-4, weight_decay=0.0))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A square of elements, half of them B's, for a clock."""
+    import torch
+
+    w, grad, m, v = torch.rand(4, side * side, generator=rng)
+    return w, grad, m, v, side * side // 2, 7, Rates(1e-4)

@@ -70,3 +70,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
         a = torch.randn(rank, columns, generator=rng)
         b = torch.randn(rows, rank, generator=rng)
         yield f"{rows}x{columns}-rank{rank}", (a, b)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """The change of a layer at rank 16, for a clock."""
+    import torch
+
+    a, b = torch.randn(16, side, generator=rng), torch.randn(side, 16, generator=rng)
+    return a, 0.001 * b

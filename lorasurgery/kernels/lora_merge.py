@@ -104,3 +104,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     tiny = torch.full((40, 50), 3e-6)
     zero = torch.full((1, 50), 1e-8), torch.ones(40, 1)
     yield "tiny-seed", (tiny.half(), *zero, torch.float16, -5, (1 << 32) - 77)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer of bfloat16 at rank 16, for a clock."""
+    import torch
+
+    w = 0.02 * torch.randn(side, side, generator=rng)
+    return w.to(torch.bfloat16), *lora_delta.sized(rng, side), torch.bfloat16

@@ -148,3 +148,13 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     absmax = torch.tensor([0.0, -0.3, 3.4e38, 1e-40, 7e4]).repeat_interleave(16)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield f"scales-{dtype}", (codes, absmax, 32, 2560, dtype, table.flip(0))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer to bfloat16, for a clock."""
+    import torch
+
+    n = side * side
+    codes = torch.randint(0, 256, (n // 2,), dtype=torch.uint8, generator=rng)
+    absmax = torch.rand(n // 64, generator=rng)
+    return codes, absmax, 64, n, torch.bfloat16, torch.from_numpy(NF4.copy())

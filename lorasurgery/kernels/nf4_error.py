@@ -70,3 +70,12 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
             w = (0.02 * torch.randn(n, generator=rng)).to(dtype)
             codes, absmax = nf4_quantize.reference(w, block)
             yield f"{n}x{block}-{dtype}", (w, codes, absmax, block)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer of bfloat16, for a clock."""
+    import torch
+
+    w, block = nf4_quantize.sized(rng, side)
+    codes = torch.randint(0, 256, (len(w) // 2,), dtype=torch.uint8, generator=rng)
+    return w, codes, torch.rand(len(w) // block, generator=rng), block

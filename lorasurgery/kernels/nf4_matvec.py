@@ -1,7 +1,8 @@
 """y = x · dequant(W)ᵀ for few rows of x: W stays packed in memory, and is read once.
 
-Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3, eq. 5, without the LoRA. Weights, products and sums are
-float32; each sum is 64 interleaved ones that are then added by halves, so that its bits are the same everywhere.
+Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3, eq. 5, without the LoRA. Weights are rounded to x's
+dtype, as if they had been dequantized before; products and sums are float32. A sum is 64 interleaved ones that
+are then added by halves, so that its bits are the same everywhere.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def reference(
     import torch
 
     n = x.shape[1]
-    w = nf4_dequantize.reference(codes, absmax, block, rows * n, torch.float32, table)
-    products = x.float()[:, None, :] * w.view(rows, n)
+    w = nf4_dequantize.reference(codes, absmax, block, rows * n, x.dtype, table)
+    products = x.float()[:, None, :] * w.float().view(rows, n)
     lanes = torch.nn.functional.pad(products, (0, -n % LANES)).unflatten(-1, (-1, LANES))
     sums = torch.zeros(*lanes.shape[:2], LANES, device=x.device)
     for step in lanes.unbind(dim=2):
@@ -77,6 +78,8 @@ def cpu(x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Arr
     def part(start: int, stop: int) -> None:
         matvec(*packed, start, out[:, start:stop])
 
+    if not x.size:
+        return np.zeros((len(x), rows), x.dtype)
     over_rows(part, rows, -(-_LEAST // max(1, x.size)))
     return out.astype(x.dtype, copy=False)
 
@@ -100,3 +103,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     codes = torch.randint(0, 256, (300 * 1024,), dtype=torch.uint8, generator=rng)
     x, absmax = torch.randn(2, 2048, generator=rng), torch.rand(9600, generator=rng)
     yield "threads", (x, codes, absmax, 64, 300, table.flip(0))
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """One row of float32 against a layer, for a clock."""
+    import torch
+
+    codes, absmax, block, _, _, table = nf4_dequantize.sized(rng, side)
+    return torch.randn(1, side, generator=rng), codes, absmax, block, side, table

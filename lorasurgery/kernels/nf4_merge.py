@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def run(
     codes: Data, absmax: Data, block: int, a: Data, b: Data, dtype: Dtype,
-    *rule: Any,
+    keep: bool = False, seed: int | None = None, offset: int = 0,
 ) -> tuple[Data, Data, float, float, float]:  # fmt: skip
     """Codes, scales, signal, power and noise2 (as `lora_merge`'s, in float64); raises ShapeError.
 
@@ -37,8 +37,9 @@ def run(
         a: float32 [r, cols].
         b: float32 [rows, r].
         dtype: what W decodes to before it is added to.
-        rule: keep, seed, offset: whether scales are kept; None rounds to the nearest, a number by
-            chance; and the index of W's first weight in its tensor. False, None and 0 by default.
+        keep: whether the scales stay as they are.
+        seed: None takes the nearest level, a number one of the two neighbours by chance.
+        offset: index of W's first weight in its tensor, so that chance is free of tiling.
 
     """
     lora_delta.check(a, b, "nf4_merge")
@@ -48,7 +49,7 @@ def run(
             f"nf4_merge: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. Choose one of them."
         )
     result: tuple[Data, Data, float, float, float] = dispatch(
-        cpu, launch, codes, absmax, block, a, b, dtype, *rule
+        cpu, launch, codes, absmax, block, a, b, dtype, keep, seed, offset
     )
     return result
 
@@ -135,3 +136,9 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"{label}-rtn", call
             yield f"{label}-keep", (*call, True)
             yield f"{label}-stochastic", (*call, False, 5, (1 << 32) - 2 * block)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer at rank 16, for a clock."""
+    codes, absmax, block, _, dtype, _ = nf4_dequantize.sized(rng, side)
+    return codes, absmax, block, *lora_delta.sized(rng, side), dtype

@@ -145,3 +145,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"scale-{size}", (w, 32)
         yield f"short-{size}", (w[:31], 32)
         yield f"short-zero-{size}", (w[:33].abs(), 32)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer of bfloat16, for a clock."""
+    import torch
+
+    w = 0.02 * torch.randn(side * side, generator=rng)
+    return w.to(torch.bfloat16), 64

@@ -27,7 +27,7 @@ _HEADERS = 1 << 20  # config, header, surgery.json
 
 @dataclass(frozen=True, slots=True)
 class AdapterFormat:
-    """How factors are written: the layout (None: as the input was), and a float dtype of BITS."""
+    """How factors are written: the layout (None: as the input was, if it can be), and a float dtype of BITS."""
 
     dialect: str | None = None
     dtype: str = "F32"
@@ -52,7 +52,7 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
 
     Raises OutputError where it cannot be written, FormatError for what the layout cannot say.
     """
-    name = form.dialect or outcome.adapter.dialect
+    name = form.dialect or _layout_for(outcome.adapter)
     adapter = as_written(outcome.adapter, name, form.dtype)
     dialect = cast(Dialect, plugins.load("dialects", name))
     check_variants(adapter, name, dialect)
@@ -89,6 +89,14 @@ def _write(
         raise
 
 
+def _layout_for(adapter: Adapter) -> str:
+    """The layout that the input had, or else the first that can hold these variants."""
+    wanted = {site.config.variant for site in adapter.sites}
+    names = [adapter.dialect, *plugins.names("dialects")]
+    able = (n for n in names if wanted <= set(plugins.load("dialects", n).VARIANTS))
+    return next(able, adapter.dialect)
+
+
 def check_ready(output: Path | None, inputs: Mapping[str, Path], how: RunOptions) -> None:
     """Raise OutputError now for what would stop the writing after an hour of work."""
     if output is not None:
@@ -103,7 +111,8 @@ def as_written(adapter: Adapter, dialect: str, dtype: str) -> Adapter:
         replace(s, factors={k: replace(i, dtype=dtype) for k, i in s.factors.items()})
         for s in adapter.sites
     )
-    settings = adapter.settings if dialect == adapter.dialect else {}
+    same = dialect == adapter.dialect
+    settings = adapter.settings if same else {"task_type": adapter.settings.get("task_type")}
     return replace(adapter, sites=sites, settings=settings)
 
 

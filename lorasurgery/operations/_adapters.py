@@ -35,11 +35,18 @@ def open_adapter(path: Path) -> Adapter:
     """The adapter at a path, in whichever dialect claims it."""
     if not path.exists():
         raise FormatError(f"{path}: no such file or directory. Check the adapter's path.")
-    for name in plugins.names("dialects"):
-        dialect = cast(Dialect, plugins.load("dialects", name))
-        if dialect.detect(path):
-            return dialect.read(path)
+    if (dialect := dialect_of(path)) is not None:
+        return dialect.read(path)
     known = ", ".join(plugins.names("dialects"))
     raise FormatError(
         f"{path}: holds no adapter in a layout that is known ({known}). Check the path."
     )
+
+
+def dialect_of(path: Path) -> Dialect | None:
+    """The layout that claims this path; None for what is no adapter."""
+    for name in plugins.names("dialects"):
+        dialect = cast(Dialect, plugins.load("dialects", name))
+        if dialect.detect(path):
+            return dialect
+    return None

@@ -69,7 +69,14 @@ def lora_site(
     def factors() -> Mapping[str, Array]:
         return dict(zip("AB", load(), strict=True))
 
-    return replace(site, config=config, factors=infos, load=factors)
+    return replace(site, config=config, factors=infos, load=factors, sides=(None, None))
+
+
+def with_sites(adapter: Adapter, sites: Sequence[Site]) -> Adapter:
+    """The adapter with these sites; what was set for one variant says nothing of another."""
+    same = {s.config.variant for s in sites} <= {s.config.variant for s in adapter.sites}
+    settings = adapter.settings if same else {"task_type": adapter.settings.get("task_type")}
+    return replace(adapter, sites=tuple(sites), settings=settings, problems=())
 
 
 def kept(site: Site, a: Array, b: Array) -> Site:

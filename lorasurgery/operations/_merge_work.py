@@ -59,7 +59,8 @@ class Work:
         """What is added to this tensor, whose weight as the adapter sees it is read from `seen`."""
         if name in self.resolved.targets:
             read = partial(seen.checkpoint.read, seen.name) if seen else None
-            return partial(self.resolved.targets[name].change, read)
+            # a packed weight may be seen as its original, and then another one is added to
+            return partial(self.resolved.targets[name].change, read, own=not self.options.policy)
         if name in self.resolved.added:
             return partial(bias_change, self.resolved.added[name])
         return None

@@ -42,6 +42,6 @@ def graph_facts(stored: Checkpoint) -> dict[str, Any] | None:
         "operators": dict(header.operators.most_common()),
         "linear_weights": len({linear.initializer for linear in linears(header)}),
         "quantized_products": dict(quantized),
-        "external_files": sorted({s.file.name for s in header.initializers.values() if s.external and s.file}),
+        "external_files": sorted(file.name for file in stored.data_files),
         "sparse_initializers": header.sparse,
     }  # fmt: skip

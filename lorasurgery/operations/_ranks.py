@@ -23,6 +23,7 @@ class Spectrum:
     name: str
     energy: Array
     cost: int
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]  # of A and B, now
     weight: float = 1.0
     least: int = 0  # the rank below which it cannot go
 

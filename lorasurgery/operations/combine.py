@@ -20,7 +20,15 @@ from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations._combine_methods import METHODS, chance_of
 from lorasurgery.operations._interference import Factors, interference
-from lorasurgery.operations._made import kept, low_rank, name_of, nbytes, side_by_side, usable
+from lorasurgery.operations._made import (
+    kept,
+    low_rank,
+    name_of,
+    nbytes,
+    side_by_side,
+    usable,
+    with_sites,
+)
 from lorasurgery.operations._nearest import Aim, check_rank, loss, nearest, total
 from lorasurgery.operations._svd import of_product
 from lorasurgery.operations._wholes import Wholes, combined
@@ -179,7 +187,7 @@ def _adapter(
 ) -> Adapter:
     first = opened[0][0]
     return replace(
-        first, sites=tuple(sites), problems=(),
+        with_sites(first, sites),
         replaced={n: a.replaced[n] for n, a in wholes.replaced.items()},
         load=lambda name: wholes.replaced[name].load(name),
         added=wholes.added, load_added=wholes.load_added,

@@ -17,6 +17,7 @@ from lorasurgery.operations._source import Source, open_source
 from lorasurgery.tensors import BITS
 from lorasurgery.weights import Weights
 
+GRAPH = "model.onnx"
 # integers are positions, masks and counters; what is packed into them, only its own codec knows
 _COUNTED = tuple(code for code in BITS if code[0] not in "IUB" or code == "BF16")
 
@@ -77,6 +78,8 @@ def inspect(text: str) -> Inspection:
 
 def _open(text: str) -> Source:
     path = Path(text)
+    if (path / GRAPH).is_file() and not any(path.glob("*.safetensors")):
+        return open_source(path / GRAPH)  # a directory of `lorasurgery export`
     if path.exists():
         return open_source(path)
     if not HUB_ID.fullmatch(text):

@@ -13,18 +13,26 @@ from pathlib import Path
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.edit import tile_rows
-from lorasurgery.errors import MatchError, UsageError
+from lorasurgery.errors import UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations import _ranks
 from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._made import each, lora_site, low_rank, name_of, remembering, usable
+from lorasurgery.operations._made import (
+    each,
+    lora_site,
+    low_rank,
+    name_of,
+    remembering,
+    usable,
+    with_sites,
+)
 from lorasurgery.operations._nearest import check_energy, check_rank, loss, total
 from lorasurgery.operations._ranks import Spectrum
+from lorasurgery.operations._site_weights import site_weights
 from lorasurgery.operations._svd import of_product, singular_values
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import TILE_BYTES, RunOptions
-from lorasurgery.targets import resolve, unmatched
 from lorasurgery.tensors import BITS
 
 
@@ -75,7 +83,7 @@ def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOption
         spectra = _relative(spectra, open_model(options.base), adapter)
     ranks = _plan(spectra, options)
     made = [
-        (_cut(adapter, site, rank), _result(site, spectrum, rank, options))
+        (_cut(adapter, site, spectrum, rank), _result(spectrum, rank, options))
         for site, spectrum, rank in zip(adapter.sites, spectra, ranks, strict=True)
     ]
     results = tuple(result for _, result in made)
@@ -85,7 +93,7 @@ def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOption
         "ranks_allowed": list(options.allowed_ranks), "dtype": options.form.dtype,
     }  # fmt: skip
     outcome = Outcome(
-        "prune", replace(adapter, sites=sites), inputs, settings, results,
+        "prune", with_sites(adapter, sites), inputs, settings, results,
         {"modules": len(sites), "dropped": len(results) - len(sites), **total(results)},
         notes, started,
     )  # fmt: skip
@@ -99,7 +107,9 @@ def _spectrum(adapter: Adapter, site: Site) -> Spectrum:
     # PEFT has a bias only beside a LoRA
     least = int(f"{site.module}.bias" in adapter.added)
     cost = experts * (a.shape[-1] + b.shape[-2])
-    return Spectrum(name_of(site), _ranks.spectrum_of(values), cost, least=least)
+    return Spectrum(
+        name_of(site), _ranks.spectrum_of(values), cost, (a.shape, b.shape), least=least
+    )
 
 
 def _plan(spectra: Sequence[Spectrum], options: PruneOptions) -> list[int]:
@@ -111,9 +121,9 @@ def _plan(spectra: Sequence[Spectrum], options: PruneOptions) -> list[int]:
     return _ranks.within(spectra, options.budget, options.allowed_ranks)
 
 
-def _cut(adapter: Adapter, site: Site, rank: int) -> Site:
+def _cut(adapter: Adapter, site: Site, spectrum: Spectrum, rank: int) -> Site:
     """The site at this rank; its factors are made when they are written."""
-    a, b = site.factors["A"].shape, site.factors["B"].shape
+    a, b = spectrum.shapes
 
     def load() -> tuple[Array, Array]:
         return of_product(*low_rank(adapter, site)).factors(rank)
@@ -122,10 +132,10 @@ def _cut(adapter: Adapter, site: Site, rank: int) -> Site:
     return lora_site(site, shapes, remembering(load))
 
 
-def _result(site: Site, spectrum: Spectrum, rank: int, options: PruneOptions) -> Result:
+def _result(spectrum: Spectrum, rank: int, options: PruneOptions) -> Result:
     cut, whole = float(spectrum.energy[rank:].sum()), float(spectrum.energy.sum())
     metrics = {
-        "rank_before": float(site.config.rank), "rank": float(rank), **loss(cut, whole),
+        "rank_before": float(len(spectrum.energy)), "rank": float(rank), **loss(cut, whole),
         "bytes": rank * spectrum.cost * BITS[options.form.dtype] / 8,
     }  # fmt: skip
     return Result(spectrum.name, metrics, {}, {})
@@ -139,16 +149,8 @@ def _relative(spectra: Sequence[Spectrum], model: Model, adapter: Adapter) -> li
 
 def _norms(model: Model, adapter: Adapter) -> dict[str, float]:
     """||W||² of all tensors that hold a module's weight."""
-    resolved = resolve(model, adapter)
-    if problems := [*resolved.problems, *unmatched(model, resolved)]:
-        raise MatchError(f"{adapter.path}: {problems[0].message}. Check --base.")
-    norms: dict[str, float] = {}
-    for target in resolved.targets.values():
-        square = _square(model, target.tensor)
-        for share in target.shares:
-            name = name_of(share.site)
-            norms[name] = norms.get(name, 0.0) + square
-    return norms
+    found = site_weights(model, adapter).shares
+    return {n: sum(_square(model, s.part.tensor) for s in of) for n, of in found.items()}
 
 
 def _square(model: Model, name: str) -> float:

@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 from neighbours import Case
-from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig
+from peft import (
+    BOFTConfig,
+    C3AConfig,
+    DeftConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    GraloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    OSFConfig,
+    PeanutConfig,
+    PsoftConfig,
+    ShiraConfig,
+    VBLoRAConfig,
+    WaveFTConfig,
+)
 
 Q0, UP1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -101,5 +122,49 @@ IA3 = [
          ("point.weight", "point.bias", "square.weight", "grouped.weight", "head.weight")),
 ]  # fmt: skip
 
-CASES = [*LOHA, *LOKR, *OFT, *IA3]
-NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0]]
+# adapters that were saved without path_initial_model_for_weight_conversion
+STARTED = [
+    Case(f"{start}, not converted", kind,
+         LoraConfig(r=3, lora_alpha=5, init_lora_weights=start, target_modules=modules, **more), changes)
+    for start, kind, modules, more, changes in [
+        ("pissa", "llama", ["q_proj", "up_proj", "down_proj"], {}, (Q0, UP1)),
+        ("olora", "llama", ["q_proj", "up_proj", "down_proj"], {}, (Q0, UP1)),
+        ("pissa", "llama", ["q_proj", "embed_tokens"],
+         {"use_rslora": True, "rank_pattern": {"q_proj": 5}}, (Q0, "model.embed_tokens.weight")),
+        ("pissa", "gpt2", ["c_attn", "c_proj"], {"fan_in_fan_out": True},
+         ("transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight")),
+        ("pissa", "bert", ["query", "dense"], {}, (QUERY,)),
+        ("olora", "bert", ["query", "dense"], {"use_rslora": True}, (QUERY,)),
+        ("pissa", "t5", ["q", "wi"], {}, (T5_Q, T5_WI)),
+        ("olora", "t5", ["q", "wi"], {}, (T5_Q, T5_WI)),
+    ]
+]  # fmt: skip
+
+# types that PEFT's own layers merge
+OTHERS = [
+    Case("BOFT", "llama-biased", BOFTConfig(boft_block_size=4, target_modules=TWO), (Q0, UP1)),
+    Case("HRA", "llama-biased", HRAConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("FourierFT", "llama",
+         FourierFTConfig(n_frequency=50, scaling=300.0, target_modules=TWO), (Q0, UP1)),
+    Case("MiSS", "llama-biased", MissConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("SHiRA", "llama-biased", ShiraConfig(r=4, target_modules=TWO, random_seed=3), (Q0, UP1)),
+    Case("HiRA", "llama", HiraConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("C3A", "llama-biased", C3AConfig(block_size=16, target_modules=TWO), (Q0, UP1)),
+    Case("DeLoRA", "llama-biased", DeloraConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("GraLoRA", "llama", GraloraConfig(r=4, alpha=6, gralora_k=2, target_modules=TWO), (Q0, UP1)),
+    Case("WaveFT", "llama", WaveFTConfig(n_frequency=50, scaling=300.0, target_modules=TWO), (Q0, UP1)),
+    Case("VB-LoRA", "llama",
+         VBLoRAConfig(r=2, num_vectors=20, vector_length=16, topk=2, target_modules=["q_proj", "up_proj"]),
+         (Q0, UP1)),
+    Case("PSOFT", "llama-biased", PsoftConfig(r=4, psoft_alpha=4, target_modules=TWO), (Q0, UP1)),
+    Case("PEANuT", "llama-biased", PeanutConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("OSF", "llama-biased", OSFConfig(target_modules=TWO), (Q0, UP1)),
+    Case("DEFT", "llama-biased", DeftConfig(r=4, target_modules=TWO), (Q0, UP1)),
+    Case("HiRA of Conv1D", "gpt2", HiraConfig(r=4, target_modules=["c_attn", "attn.c_proj"]),
+         ("transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight")),
+    Case("HRA", "bert", HRAConfig(r=4, target_modules=["query", "dense"]), (QUERY,)),
+    Case("BOFT", "t5", BOFTConfig(boft_block_size=4, target_modules=["q", "wi"]), (T5_Q, T5_WI)),
+]  # fmt: skip
+
+CASES = [*LOHA, *LOKR, *OFT, *IA3, *STARTED, *OTHERS]
+NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0], STARTED[0], OTHERS[1]]

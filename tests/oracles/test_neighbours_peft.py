@@ -1,4 +1,4 @@
-"""LoHa, LoKr, OFT and IA3 as real PEFT makes them: merged, written back, taken out, and verified."""
+"""LoHa, LoKr, OFT, IA3 and LoRA's changed bases as real PEFT makes them: merged, written back, taken out, and verified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from merging import done
-from neighbour_cases import CASES, NF4
+from neighbour_cases import CASES, NF4, STARTED
 from neighbours import PIXELS, Case, convolutions, make, merged_by_peft, same_parameters
 from packed import Quantized, decoded
 from peft import PeftModel, get_peft_model_state_dict
@@ -39,7 +39,9 @@ def test_the_merged_directory_is_the_model_that_peft_merges(
     for name in case.changes:  # or else there would be nothing to see
         change = dict(wanted.named_parameters())[name] - before[name]
         assert change.norm() > 0.01 * before[name].norm(), name
-    same_parameters(base.load(tmp_path / "merged"), wanted)
+    # singular vectors and Q differ between libraries by more than a rounding
+    tolerance = 1e-5 if case in STARTED else 1e-6
+    same_parameters(base.load(tmp_path / "merged"), wanted, tolerance)
 
 
 @EACH
@@ -94,7 +96,8 @@ def test_an_nf4_base_is_merged_as_peft_merges_what_it_decodes_to(
     adapter, undo = make(floats, tmp_path / "adapter", case.config), tmp_path / "undo"
     flags = ("--dtype", "float32", "--undo", undo)
     done("merge", base.path, adapter, "-o", tmp_path / "merged", *flags)
-    same_parameters(floats.load(tmp_path / "merged"), merged_by_peft(floats, adapter))
+    tolerance = 1e-5 if case in STARTED else 1e-6
+    same_parameters(floats.load(tmp_path / "merged"), merged_by_peft(floats, adapter), tolerance)
     done("verify", tmp_path / "merged", "--base", base.path, "--adapter", adapter)
     done("unmerge", tmp_path / "merged", adapter, "-o", tmp_path / "back", "--undo", undo)
     for file in base.path.glob("*.safetensors"):

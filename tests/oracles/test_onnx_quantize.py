@@ -15,9 +15,16 @@ import onnx.helper as h
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from lorasurgery.checkpoint import open_checkpoint
-from lorasurgery.errors import FormatError, MatchError, OutputError, ValueRangeError
+from lorasurgery.errors import (
+    FormatError,
+    LoraSurgeryError,
+    MatchError,
+    OutputError,
+    ValueRangeError,
+)
 from lorasurgery.export import _onnx_write
 from lorasurgery.operations.quantize_onnx import OnnxQuantizeOptions, quantize_onnx
 from lorasurgery.output import OutputOptions
@@ -114,6 +121,26 @@ def test_int4_runs_as_the_dequantized_product_within_half_a_step(
         values.append(value)
     x = made.drawn(5, made.IN)
     np.testing.assert_allclose(made.run(out, x), product(x, *values), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_is_what_onnxruntime_makes_of_the_products_that_it_takes(
+    tmp_path: Path, symmetric: bool
+) -> None:
+    """Of the three products it takes one: no Gemm, and no weight behind a Transpose."""
+    path, out, name = made.chain(tmp_path / "m.onnx"), tmp_path / "o.onnx", "onnx::MatMul_7"
+    theirs = MatMulNBitsQuantizer(onnx.load(path), block_size=32, is_symmetric=symmetric)
+    theirs.process()
+    made_by = {t.name: onnx.numpy_helper.to_array(t) for t in theirs.model.model.graph.initializer}
+    quantize(path, out, "int4", symmetric=symmetric)
+    held, k = tensors(out), made.IN
+    theirs_like = {
+        f"{name}.int4": made_by[f"{name}_Q4"], f"{name}.scales": made_by[f"{name}_scales"],
+    }  # fmt: skip
+    if not symmetric:
+        theirs_like[f"{name}.zeros"] = made_by[f"{name}_zero_points"]
+    # beyond the end of a row nothing is asked of the codes
+    np.testing.assert_array_equal(unpacked(held, name, k), unpacked(theirs_like, name, k))
 
 
 def test_what_is_reported_is_what_was_lost(tmp_path: Path) -> None:
@@ -262,6 +289,26 @@ def _peak_of(source: Path, out: Path) -> int:
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
+def test_a_weight_that_a_branch_uses_too_is_kept_for_it(tmp_path: Path) -> None:
+    """The subgraph of an If takes w from outside."""
+    inner = h.make_graph(
+        [h.make_node("Gather", ["w", "rows"], ["r"])], "inner", [],
+        [h.make_tensor_value_info("r", 1, [1, 64])],
+    )  # fmt: skip
+    nodes = [
+        h.make_node("MatMul", ["x", "w"], ["h"], "/up/MatMul"),
+        h.make_node("If", ["yes"], ["c"], then_branch=inner, else_branch=inner),
+        h.make_node("Add", ["h", "c"], ["y"]),
+    ]
+    w = made.drawn(64, 64)
+    held = {"w": w, "rows": np.array([7]), "yes": np.array(True)}
+    path = made.save(tmp_path / "m.onnx", nodes, held, (64, 64))
+    quantize(path, tmp_path / "o.onnx")
+    x = made.drawn(3, 64)
+    want = x @ bnb(w.T)[2].T + w[7]
+    np.testing.assert_allclose(made.run(tmp_path / "o.onnx", x), want, rtol=1e-4, atol=1e-6)
+
+
 # --- errors: one line, nothing written
 
 
@@ -280,6 +327,35 @@ def test_a_graph_without_a_product_is_one_error(tmp_path: Path) -> None:
         "quantized (0 are left out by name). Export the weights as initializers, or name some with "
         "--include."
     )
+
+
+def test_a_graph_that_uses_what_nothing_makes_is_refused(tmp_path: Path) -> None:
+    nodes = [h.make_node("MatMul", ["x", "w"], ["y"], "/up/MatMul")]
+    path = made.save(tmp_path / "m.onnx", nodes, {"v": made.drawn(4, 4)}, (4, 4))
+    assert refused(FormatError, path, tmp_path / "o.onnx") == (
+        f"{path}: /up/MatMul uses 'w', which nothing makes. Export it again."
+    )
+
+
+def test_no_flipped_byte_ends_in_a_traceback(tmp_path: Path) -> None:
+    nodes = [
+        h.make_node("Gemm", ["x", "k", "b"], ["h"], "/k/Gemm", transB=1),
+        h.make_node("Transpose", ["v"], ["t"], perm=[1, 0]),
+        h.make_node("MatMul", ["h", "t"], ["y"]),
+    ]
+    held = {"k": made.drawn(3, 4), "b": made.drawn(3), "v": made.drawn(4, 3)}
+    path, out = made.save(tmp_path / "m.onnx", nodes, held, (4, 4)), tmp_path / "o.onnx"
+    content, how = path.read_bytes(), RunOptions(OutputOptions(overwrite=True))
+    survived = 0
+    for at in range(len(content)):
+        for value in (255, content[at] ^ 1):
+            path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+            try:
+                quantize_onnx(path, out, OnnxQuantizeOptions(), how)
+                survived += 1
+            except LoraSurgeryError:
+                pass
+    assert survived  # names and numbers may change
 
 
 def test_patterns_that_match_nothing_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,185 @@
+"""Kernels compiled for GPUs that are not here: what a launch would run, as the compiler leaves it.
+
+A launch is recorded on tensors without data, with the constants and the alignments that it has, and
+compiled for each chip. Registers, spills and instructions are read from the machine code.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One GPU: what bounds a kernel on it. From the makers' data sheets; per multiprocessor where so said."""
+
+    name: str
+    target: GPUTarget
+    shared: int  # bytes a program may have
+    shared_all: int  # bytes of a multiprocessor
+    registers: int  # 32-bit ones of a multiprocessor
+    threads: int  # of a multiprocessor
+    bandwidth: float  # bytes a second
+    flops: float  # of bfloat16 on matrix units, dense
+    simple_flops: float  # of float32 outside of them
+
+
+CHIPS = (
+    Chip("sm_80", GPUTarget("cuda", 80, 32), 166912, 167936, 65536, 2048, 2.039e12, 312e12, 19.5e12),
+    Chip("sm_90", GPUTarget("cuda", 90, 32), 232448, 233472, 65536, 2048, 3.35e12, 989e12, 67e12),
+    Chip("sm_100", GPUTarget("cuda", 100, 32), 232448, 233472, 65536, 2048, 8.0e12, 2250e12, 80e12),
+    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 65536, 65536, 131072, 2048, 5.3e12, 1307e12, 163e12),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: the function, its grid, and all that it was given."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """`module.function`, without the package."""
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+    @property
+    def constants(self) -> str:
+        """The constants and options, as they tell configurations apart."""
+        return " ".join(f"{k}={v}" for k, v in self.options.items())
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the compiler made of a call for a chip."""
+
+    registers: int
+    spills: int  # stores of registers to memory
+    shared: int
+    warps: int
+    matrix: str  # the instruction of the matrix units, or ''
+    wide: int  # bits of the widest load from memory, in the machine code
+    packed: int  # bits of the narrowest load of codes that a thread makes, 0 without codes
+    occupancy: float  # threads that a multiprocessor holds, over those that it could hold
+
+
+class _Absent:
+    """Stands for the driver of a GPU that is not here; each chip is a device of its own."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def get_current_target(self) -> GPUTarget:
+        return CHIPS[self.index].target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Launches within are written down, and not run."""
+    calls: list[Call] = []
+    run = triton.JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:  # noqa: ARG001
+        calls.append(Call(self, grid, args, options))
+
+    triton.JITFunction.run = record
+    try:
+        yield calls
+    finally:
+        triton.JITFunction.run = run
+
+
+def recorded(launch: Callable[[], object], chip: Chip) -> list[Call]:
+    """The launches that a function makes where this chip is."""
+    driver.set_active(_Absent(CHIPS.index(chip)))
+    with recording() as calls:
+        launch()
+    return calls
+
+
+def compiled(call: Call, chip: Chip) -> Code:
+    """The call's kernel for this chip; nothing is run."""
+    driver.set_active(_Absent(CHIPS.index(chip)))
+    done = call.kernel.run(*call.args, grid=call.grid, warmup=True, **call.options)
+    shared, warps = done.metadata.shared, done.metadata.num_warps
+    packed = _packed(done.asm["ttgir"])
+    if chip.target.backend == "hip":
+        return _amd(done.asm["amdgcn"], shared, warps, chip, packed)
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    usage = usage[usage.index(done.metadata.name) :]
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    # the stack also serves calls, as of a division: what is spilled is stored to local memory
+    spills = len(re.findall(r"\bSTL\b", code))
+    # UTC*MMA is tcgen05's, HGMMA Hopper's wgmma, HMMA the one of a warp
+    matrix = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
+    loads = [32, *map(int, re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", code))]
+    share = _occupancy(registers, shared, warps, chip)
+    return Code(registers, spills, shared, warps, _most(matrix), max(loads), packed, share)
+
+
+def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
+    def value(key: str) -> int:
+        return max(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
+
+    loads = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
+    matrix = re.findall(r"\bv_(mfma)_", text)
+    spills = value("vgpr_spill_count")
+    registers = value("vgpr_count")
+    share = _occupancy(registers, shared, warps, chip)
+    return Code(registers, spills, shared, warps, _most(matrix), max([32, *loads]), packed, share)
+
+
+def _occupancy(registers: int, shared: int, warps: int, chip: Chip) -> float:
+    # registers are handed out by 8 to a thread, to whole warps
+    width = chip.target.warp_size
+    per_program = -(-registers // 8) * 8 * warps * width
+    programs = min(chip.registers // per_program, chip.threads // (warps * width), 32)
+    if shared:
+        programs = min(programs, chip.shared_all // shared)
+    return float(programs * warps * width / chip.threads)
+
+
+def _most(names: list[str]) -> str:
+    return max(set(names), key=names.count) if names else ""
+
+
+def _packed(text: str) -> int:
+    """Bits of codes that lie together in a thread, by the layouts of all loads of `packed`."""
+    layouts = dict(
+        re.findall(r"^(#blocked\d*) = .*?sizePerThread = \[([\d, ]+)\]", text, re.MULTILINE)
+    )
+    loads = re.findall(
+        r"%packed\S* = (?:tt\.load|ttg\.async_copy_global_to_local|amdg\.buffer_load) .*?"
+        r"(?:ptr<i8>|xi8), (#blocked\d*)>", text,
+    )  # fmt: skip
+    return 8 * min((int(layouts[name].split(",")[-1]) for name in loads), default=0)
+
+
+def _tool(name: str, *args: str) -> str:
+    """What one of the disassemblers that Triton brings says."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,218 @@
+"""Every Triton kernel compiled for four GPUs, none of which need be here: a table, or JSON.
+
+Times are computed, not measured: the larger of the bytes that must move over the memory's bandwidth and of
+the operations over the peak rate. No kernel is as fast; what is left of it, a GPU would have to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.aot import CHIPS, Call, Chip, Code, compiled, recorded
+from lorasurgery import plugins
+from lorasurgery.kernels import grouped_lora, lora_linear, nf4_linear
+from lorasurgery.kernels._packed import Packed
+
+SIZE = 4096  # outputs and inputs of the layer
+RANK, BLOCK, PAGE = 16, 64, 1024
+
+# which axis of the grid has programs that read the same part of an argument again, out of the cache
+AGAIN = {
+    "matvec": {"codes": 0, "absmax": 0, "nested": 0, "b": 0, "x": 1, "h": 1},
+    "forward": {"codes": 0, "absmax": 0, "nested": 0, "b": 0, "x": 1, "h": 1},
+    "backward": {"codes": 0, "absmax": 0, "nested": 0, "a": 0, "g": 1, "h": 1},
+    "shrink_rows": {"x": 1},
+    "expand_rows": {"h": 1},
+    "shrink_tiles": {"x": 1},
+    "expand_tiles": {"h": 1},
+}
+# the two halves of the work are one matrix each; half of the pool holds A, half B
+HALVES = {"shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel on a chip. Bytes are those that must move; `requested` is what programs ask for, over these."""
+
+    kernel: str
+    label: str
+    chip: str
+    constants: str
+    code: Code
+    shared_limit: int
+    bytes: int
+    requested: float
+    computed_us: float
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packed(size: int, double: bool) -> Packed:
+    """An NF4 weight [size, size]."""
+    blocks = -(-size * size // BLOCK)
+    kind = torch.uint8 if double else torch.float32
+    nested = (empty(-(-blocks // 256)), empty(1)) if double else (None, None)
+    codes, absmax = empty(size * size // 2, dtype=torch.uint8), empty(blocks, dtype=kind)
+    return Packed(codes, absmax, BLOCK, size, empty(16), *nested)
+
+
+def linear(m: int, dtype: torch.dtype, double: bool = False, size: int = SIZE) -> object:
+    """x Wᵀ + bias for m rows."""
+    w = packed(size, double)
+    bias = empty(size, dtype=dtype) if double else None
+    x = empty(m, size, dtype=dtype)
+    return nf4_linear.launch(x, w.codes, w.absmax, BLOCK, size, w.table, bias, w.nested, w.offset)
+
+
+def lora(m: int, dtype: torch.dtype) -> object:
+    """The same with a low-rank term."""
+    w, x = packed(SIZE, True), empty(m, SIZE, dtype=dtype)
+    a, b = empty(RANK, SIZE, dtype=dtype), empty(SIZE, RANK, dtype=dtype)
+    args = w.codes, w.absmax, BLOCK, SIZE, w.table, a, b, 2.0, None, w.nested, w.offset
+    return lora_linear.launch(x, *args)
+
+
+def backward(m: int, dtype: torch.dtype, rank: int) -> object:
+    """G W, and with a rank + u A."""
+    from lorasurgery.kernels import _nf4_linear_launch
+
+    low = (empty(m, rank, dtype=dtype), empty(rank, SIZE, dtype=dtype)) if rank else None
+    return _nf4_linear_launch.backward(empty(m, SIZE, dtype=dtype), SIZE, packed(SIZE, True), low)
+
+
+def grouped(m: int, dtype: torch.dtype, page: int = PAGE) -> object:
+    """64 adapters of rank 16."""
+    int32, vectors, per = torch.int32, 64 * RANK, -(-SIZE // page)
+    pool, pages = empty(2 * vectors * per, page, dtype=dtype), empty(vectors, per, dtype=int32)
+    index = empty(65, dtype=int32), empty(64), pages, pages
+    x, adapter = empty(m, SIZE, dtype=dtype), empty(m, dtype=int32)
+    return grouped_lora.launch(x, adapter, pool, *index, RANK, SIZE, empty(m, SIZE, dtype=dtype))
+
+
+def launches(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The matrix kernels in every configuration, or in those that are most used."""
+    half, full = torch.bfloat16, torch.float32
+    for m in (1, 16, 64, SIZE):
+        yield f"nf4_linear m={m}", partial(linear, m, half)
+        if not quick:
+            yield f"nf4_linear m={m} nested", partial(linear, m, half, double=True)
+            yield f"nf4_linear m={m} float16", partial(linear, m, torch.float16)
+            yield f"nf4_linear m={m} float32", partial(linear, m, full)
+            yield f"nf4_linear m={m} crossing", partial(linear, m, half, size=SIZE + 32)
+    for m in (1, SIZE) if quick else (1, 16, 64, SIZE):
+        yield f"lora_linear m={m} nested", partial(lora, m, half)
+    for m in (SIZE,) if quick else (16, 64, SIZE):
+        yield f"lora_linear gradient m={m} nested", partial(backward, m, half, RANK)
+    for m in (64, SIZE):
+        yield f"grouped_lora m={m}", partial(grouped, m, half)
+        if not quick:
+            yield f"grouped_lora m={m} float32", partial(grouped, m, full)
+            yield f"grouped_lora m={m} page=10", partial(grouped, m, half, page=10)
+    if not quick:
+        yield f"nf4_linear gradient m={SIZE} nested", partial(backward, SIZE, half, 0)
+        yield f"nf4_linear gradient m={SIZE} float32", partial(backward, SIZE, full, 0)
+
+
+def others() -> Iterator[tuple[str, Callable[[], object]]]:
+    """All other kernels, on the cases of their tests."""
+    for name in plugins.names("kernels"):
+        kernel = plugins.load("kernels", name)
+        if hasattr(kernel, "launch") and not hasattr(kernel, "tolerance"):
+            for label, args in kernel.cases(torch.Generator().manual_seed(0)):
+                yield f"{name} {label}", partial(kernel.launch, *args)
+
+
+def calls(chip: Chip, quick: bool) -> Iterator[tuple[str, Call]]:
+    """Launches with what sets their code apart; quick: of the other kernels one for each function."""
+    seen = set()
+    for label, launch in [*launches(quick), *others()]:
+        known = label.split()[0] not in plugins.names("kernels") or " m=" in label
+        for call in recorded(launch, chip):
+            kinds = tuple(str(a.dtype) for a in call.args if isinstance(a, Tensor))
+            key = (call.name,) if quick and not known else (call.name, call.constants, kinds)
+            if key not in seen:
+                seen.add(key)
+                yield label, call
+
+
+def row(label: str, call: Call, chip: Chip) -> Row:
+    """Compile, and compute what memory and arithmetic allow."""
+    code = compiled(call, chip)
+    names = call.kernel.arg_names
+    given = dict(zip(names, call.args, strict=False))
+    function, grid = call.kernel.fn.__name__, (*call.grid, 1, 1)
+    least, asked, counted = 0.0, 0.0, set[int]()
+    for name, value in given.items():
+        if isinstance(value, Tensor) and id(value) not in counted:
+            counted.add(id(value))
+            share = 0.5 if name == "pool" and function in HALVES else 1.0
+            size = value.numel() * value.element_size() * share
+            axis = AGAIN.get(function, {}).get(name)
+            least, asked = least + size, asked + size * (1 if axis is None else grid[axis])
+    seconds = max(least / chip.bandwidth, operations(function, given) / rate(given, chip))
+    return Row(
+        call.name, label, chip.name, call.constants, code, chip.shared, int(least),
+        asked / max(least, 1), seconds * 1e6,
+    )  # fmt: skip
+
+
+def operations(function: str, given: dict[str, Any]) -> float:
+    """Multiplications and additions of a product; those of other kernels do not bound them."""
+    if function in ("matvec", "forward", "backward"):
+        first = given["g" if function == "backward" else "x"]
+        rank = given["rank"]
+        return float(2 * first.shape[0] * (given["n"] * given["k"] + rank * given["n"]))
+    if function in HALVES:
+        return float(2 * given["h"].numel() * given["k" if "shrink" in function else "n"])
+    return 0.0
+
+
+def rate(given: dict[str, Any], chip: Chip) -> float:
+    """Operations a second for the dtype of what is multiplied."""
+    first = next(v for v in given.values() if isinstance(v, Tensor))
+    return chip.simple_flops if first.dtype == torch.float32 else chip.flops
+
+
+def line(r: Row) -> str:
+    """One line of the table."""
+    c = r.code
+    return (
+        f"| {r.label} | {r.kernel} | {r.chip} | {r.constants} | {c.registers} | {c.spills} | "
+        f"{c.shared} | {c.occupancy:.0%} | {c.matrix or '-'} | {c.packed or '-'} | "
+        f"{r.requested:.2f} | {r.computed_us:.1f} |"
+    )
+
+
+def main() -> None:
+    """Print rows as they are compiled."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chip", choices=[c.name for c in CHIPS], help="only this one")
+    parser.add_argument(
+        "--quick", action="store_true", help="the configurations that are most used"
+    )
+    parser.add_argument("--json", action="store_true", help="rows as JSON, one a line")
+    options = parser.parse_args()
+    if not options.json:
+        print("| case | kernel | chip | constants | registers | spills | shared bytes | occupancy "
+              "| matrix unit | bits a load of codes | bytes asked / least | computed µs, not measured |")  # fmt: skip
+        print("|" + "---|" * 12)
+    for chip in CHIPS:
+        if options.chip in (None, chip.name):
+            for label, call in calls(chip, options.quick):
+                found = row(label, call, chip)
+                print(json.dumps(asdict(found)) if options.json else line(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""W' = what PEFT's own layer merges: for its types that have no formula here.
+
+extra['settings'] is the adapter_config.json, extra['module'] the path; factors have PEFT's names below the
+module, or with a slash in front from the top, for what modules share. Needs the extra `peft`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorasurgery.adapter import AdapterConfig
+from lorasurgery.errors import MatchError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lorasurgery.adapter import A
+
+LINEAR_IN_W = False  # of some types it is free of W; of HiRA, HRA or BOFT it is not
+
+_PREFIX = "base_model.model."
+# what chooses modules, of which there is one, and what is done to others
+_CHOICES = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "fan_in_fan_out", "auto_mapping", "base_model_name_or_path", "bias",
+)  # fmt: skip
+
+
+def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """As PEFT's layer has them."""
+    import torch
+
+    return {name: tuple(f.shape) for name, f in _fresh(torch.ones(out, in_), config).items()}
+
+
+def init(w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]:
+    """As PEFT starts them."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        return _fresh(w, config)
+
+
+def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
+    """ΔW [out, in]: the merged weight less W."""
+    if isinstance(w, np.ndarray):
+        import torch
+
+        held = {name: torch.from_numpy(np.array(f)) for name, f in factors.items()}
+        return np.asarray(_merged(torch.from_numpy(np.array(w)), held, config).numpy() - w)
+    change: A = _merged(w, factors, config) - w
+    return change
+
+
+def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    """PEFT's layer itself: x [..., in] -> [..., out]."""
+    model = _filled(w, factors, config)
+    layer = model.base_model.model.get_submodule(_module(config))
+    computed: Tensor = layer(x).detach()
+    return computed
+
+
+def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
+    """Which type it would be is not said."""
+    return None
+
+
+def low_rank(
+    factors: Mapping[str, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> tuple[A, A] | None:
+    """PEFT gives the weight alone."""
+    return None
+
+
+def config_class(kind: str) -> Any:
+    """PEFT's config of a type. Raises UsageError without PEFT, MatchError where it has no such type."""
+    found = _peft().mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if found is None:
+        raise MatchError(f"peft {_peft().__version__} has no type {kind}. Install a newer peft.")
+    return found
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ModuleNotFoundError:
+        raise UsageError(
+            "peft is not installed, whose own layers such adapters need. Run pip install "
+            "'lorasurgery[peft]'."
+        ) from None
+
+
+def _module(config: AdapterConfig) -> str:
+    return str(config.extra.get("module", "layer"))
+
+
+def _adapted(w: Tensor, config: AdapterConfig) -> Any:
+    """A model of one Linear with this weight, at the module's path, and PEFT's adapter on it."""
+    import torch
+
+    settings = config.extra.get("settings") or {"peft_type": "HIRA", "r": config.rank}
+    assert isinstance(settings, Mapping)
+    kind = config_class(str(settings["peft_type"]))
+    known = {f.name for f in fields(kind)} - {*_CHOICES, "peft_type", "inference_mode"}
+    said = {name: value for name, value in settings.items() if name in known}
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    layer.weight.data = w.detach().clone()
+    model = top = torch.nn.Module()
+    *owners, last = _module(config).split(".")
+    for name in owners:
+        top.add_module(name, torch.nn.Module())
+        top = top.get_submodule(name)
+    top.add_module(last, layer)
+    return _peft().get_peft_model(model, kind(target_modules=[_module(config)], **said))
+
+
+def _fresh(w: Tensor, config: AdapterConfig) -> dict[str, Tensor]:
+    state = _peft().get_peft_model_state_dict(_adapted(w, config))
+    own = f"{_PREFIX}{_module(config)}."
+    return {
+        key.removeprefix(own) if key.startswith(own) else f"/{key}": t.detach().clone()
+        for key, t in state.items()
+    }
+
+
+def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Any:
+    """Raises MatchError for a factor that PEFT's layer has not, or has and was not given."""
+    model = _adapted(w, config)
+    own = f"{_PREFIX}{_module(config)}."
+    given = {n[1:] if n[0] == "/" else own + n: f for n, f in factors.items()}
+    wanted = {(key, t.shape) for key, t in _peft().get_peft_model_state_dict(model).items()}
+    found = {(key, t.shape) for key, t in given.items()}
+    if wanted != found:
+        odd = sorted({f"{key} {list(shape)}" for key, shape in wanted ^ found})
+        raise MatchError(
+            f"{_module(config)}: peft {_peft().__version__} and the adapter's file do not agree on "
+            f"{', '.join(odd[:3])}. Merge it with the peft that wrote it."
+        )
+    _peft().set_peft_model_state_dict(model, given)
+    return model.eval()
+
+
+def _merged(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    merged = _filled(w, factors, config).merge_and_unload()
+    weight: Tensor = merged.get_submodule(_module(config)).weight.detach()
+    return weight

@@ -1,0 +1,160 @@
+"""An NF4 weight [rows, k] as the matrix kernels take it, and how their programs are laid over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lorasurgery.arrays import Array
+from lorasurgery.errors import ShapeError
+from lorasurgery.kernels import double_dequantize, nf4_dequantize
+from lorasurgery.kernels._tensors import FLOATS, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SECOND = 256  # block scales that share a scale of the second level
+FEW = 4  # rows of x that are taken one by one
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Codes uint8 [ceil(rows · k / 2)]; absmax float32, or uint8 with nested float32 and offset."""
+
+    codes: Any
+    absmax: Any
+    block: int
+    rows: int
+    table: Any
+    nested: Any
+    offset: Any
+
+    @property
+    def double(self) -> bool:
+        """Whether the scales are quantized themselves."""
+        return self.nested is not None
+
+
+class _Facts(NamedTuple):
+    """What is checked of scales, for those that are nested: as they decode."""
+
+    shape: tuple[int, ...]
+    ndim: int
+    dtype: str
+
+
+def check(x: Any, w: Packed, bias: Any, kernel: str) -> None:
+    """Raises ShapeError unless x [m, k] goes with the weight and the bias."""
+    kinds = [dtype_name(t.dtype) for t in (x, *([] if bias is None else [bias]))]
+    if x.ndim != 2 or kinds[0] not in FLOATS or kinds[-1] != kinds[0]:
+        raise ShapeError(
+            f"{kernel}: x is {kinds[0]} {list(x.shape)} and the bias {kinds[-1]}, but [m, in] and "
+            f"a bias of one dtype, of {', '.join(FLOATS)}, are needed. Reshape or convert them."
+        )
+    if bias is not None and tuple(bias.shape) != (w.rows,):
+        raise ShapeError(
+            f"{kernel}: the bias is {list(bias.shape)}, but the weight has {w.rows} rows. "
+            "Is it of another layer?"
+        )
+    if tuple(w.table.shape) != (16,) or dtype_name(w.table.dtype) != "float32":
+        raise ShapeError(
+            f"{kernel}: the table is {dtype_name(w.table.dtype)} {list(w.table.shape)}, but "
+            "float32 [16] is needed. Restore the file."
+        )
+    scales = w.absmax
+    if w.nested is not None:
+        outer = -(-w.absmax.shape[0] // SECOND)
+        if (
+            dtype_name(w.absmax.dtype) != "uint8" or w.offset is None
+            or tuple(w.nested.shape) != (outer,) or dtype_name(w.nested.dtype) != "float32"
+        ):  # fmt: skip
+            raise ShapeError(
+                f"{kernel}: scales {dtype_name(w.absmax.dtype)} {list(w.absmax.shape)} are nested "
+                f"in {dtype_name(w.nested.dtype)} {list(w.nested.shape)}, but uint8 [n], float32 "
+                f"[ceil(n / {SECOND})] and an offset are needed. Check the quantization state."
+            )
+        scales = _Facts(w.absmax.shape, w.absmax.ndim, "float32")
+    nf4_dequantize.check(w.rows * x.shape[1], w.codes, scales, w.block, kernel)
+
+
+def dense(w: Packed, k: int, dtype: Any) -> Tensor:
+    """The weight in `dtype` [rows, k], in plain torch."""
+    scales = w.absmax
+    if w.double:
+        scales = double_dequantize.reference(w.absmax, w.nested, w.offset)
+    n = w.rows * k
+    flat = nf4_dequantize.reference(w.codes, scales, w.block, n, dtype, w.table)
+    return flat.view(w.rows, k)
+
+
+def dense_array(w: Packed, k: int, dtype: Any) -> Array:
+    """The weight rounded to `dtype`, as float32 [rows, k], by numba."""
+    scales = w.absmax
+    if w.double:
+        scales = double_dequantize.cpu(w.absmax, w.nested, w.offset)
+    flat = nf4_dequantize.cpu(w.codes, scales, w.block, w.rows * k, dtype, w.table)
+    return flat.reshape(w.rows, k).astype(np.float32, copy=False)
+
+
+def pointers(w: Packed) -> tuple[Tensor, ...]:
+    """What a kernel needs to find the weights; what it will not read is any tensor."""
+    nested, offset, levels = w.table, w.table, w.table
+    if w.double:
+        nested, levels = w.nested.contiguous(), _levels(w.codes.device)
+        offset = w.offset.reshape(1)
+    return w.codes.contiguous(), w.absmax.contiguous(), w.table.contiguous(), nested, offset, levels
+
+
+def layout(w: Packed, k: int) -> dict[str, Any]:
+    """The constants that say how the weights lie."""
+    return {"BLOCK": w.block, "NESTED": SECOND if w.double else 0, "ODD": k % w.block != 0}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One configuration: a tile BM x BN of the result, BK at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """The constants and options of a launch."""
+        names = "BM", "BN", "BK", "num_warps", "num_stages"
+        return dict(zip(names, (self.m, self.n, self.k, self.warps, self.stages), strict=True))
+
+
+def tiles(m: int, dtype: torch.dtype, crossing: bool) -> Tiles:
+    """The configuration for so many rows of x; few rows are bound by memory, many by arithmetic."""
+    # weights that are found one by one need registers for their places
+    if crossing or dtype_name(dtype) == "float32":
+        return Tiles(16 if m <= 16 else 32, 64, 32, 4, 2)
+    if m <= 16:
+        return Tiles(16, 64, 128, 4, 3)
+    if m <= 64:
+        return Tiles(64, 64, 64, 4, 3)
+    return Tiles(128, 128, 64, 8, 3) if _roomy() else Tiles(64, 128, 64, 8, 3)
+
+
+def _roomy() -> bool:
+    """Whether a tile of 128 x 128 leaves registers for unpacking: not where one warp multiplies (Ampere)."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret:
+        return True
+    target = driver.active.get_current_target()
+    return bool(target.backend != "cuda" or target.arch >= 90)
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    import torch
+
+    return torch.from_numpy(double_dequantize.TABLE.copy()).to(device)
