@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade import adapter, delta, lora, numbers
+from handmade import adapter, delta, lora, numbers, site
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -203,4 +203,23 @@ def test_what_the_file_cannot_say_is_refused(tmp_path):
     assert str(error.value) == (
         "made/by-hand: the names of its modules have _ for ., and diffusers needs them as the model has them. "
         "Give the base."
+    )
+
+
+def test_columns_that_are_normed_are_refused(tmp_path):
+    factors = {"A": A, "B": B, "m": numbers((1, 8)) + 4}
+    made = adapter([site("unet.q", AdapterConfig("dora", 3, 6.0), factors)])
+    with pytest.raises(FormatError) as error:
+        diffusers.write(made, tmp_path)
+    assert str(error.value) == (
+        "made/by-hand: unet.q norms each column, and PEFT each row. Merge it."
+    )
+
+
+def test_what_is_added_to_no_module_that_is_adapted_is_refused(tmp_path):
+    bias = {"unet.k.bias": TensorInfo("unet.k.bias", "F32", (6,))}
+    with pytest.raises(FormatError) as error:
+        diffusers.write(adapter([lora("unet.q", 6, 8)], added=bias), tmp_path)
+    assert str(error.value) == (
+        "made/by-hand: unet.k.bias is added, but no factors adapt its module. Merge it."
     )

@@ -282,3 +282,31 @@ def test_problems_may_be_left_out_by_pattern(tmp_path):
     left = refuse(found.path, found.problems, ["*.diff_b"])
     assert [p.name for p in left] == [f"{AT}.diff_b"]
     assert json.dumps(found.settings) == '{"metadata": {}}'
+
+
+def test_what_lycoris_would_compute_otherwise_is_refused(tmp_path):
+    dora_config = AdapterConfig("dora", 3, 6.0)
+    factors = {"A": numbers((3, 8)), "B": numbers((4, 3)), "m": numbers((1, 8)) + 4}
+    with pytest.raises(FormatError) as error:
+        kohya.write(adapter([site("c", dora_config, factors, kernel=(2, 2))]), tmp_path)
+    assert str(error.value) == (
+        "made/by-hand: c norms each column of a convolution, which LyCORIS does not. Merge it."
+    )
+    config = AdapterConfig("lokr", 1, 1.0, extra={"last_dimensions": True})
+    factors = {"W1": numbers((2, 2)), "W2": numbers((2, 3, 5))}
+    with pytest.raises(FormatError) as error:
+        kohya.write(adapter([site("c", config, factors, sides=(4, 30))]), tmp_path)
+    assert str(error.value) == (
+        "made/by-hand: c is PEFT's LoKr of a Conv1d, which LyCORIS multiplies out otherwise. Convert it to LoRA."
+    )
+
+
+def test_a_scale_that_whole_parts_have_no_alpha_for_is_in_the_first(tmp_path):
+    factors = {"W1": numbers((2, 3)), "W2": numbers((4, 5), 1)}
+    kohya.write(
+        adapter([site("c", AdapterConfig("lokr", 4, 2.0), factors, sides=(8, 15))]), tmp_path
+    )
+    stored = load_file(tmp_path / "lora.safetensors")
+    np.testing.assert_array_equal(stored["lycoris_c.lokr_w1"], factors["W1"] / 2)
+    np.testing.assert_array_equal(stored["lycoris_c.lokr_w2"], factors["W2"])
+    assert kohya.read(tmp_path).sites[0].config.scaling == 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.dialects import _diffusers_keys, _one_file, _sayable
+from lorasurgery.dialects._pair_write import loader, spread
 from lorasurgery.dialects._peft_lora_write import Stored, config_of
 from lorasurgery.errors import FormatError
 from lorasurgery.tensors import TensorInfo
@@ -61,9 +61,9 @@ def _tensors(adapter: Adapter) -> Iterator[Stored]:
     for site in adapter.sites:
         for factor, info in site.factors.items():
             stored = TensorInfo(
-                f"{site.module}.{_ENDS[factor]}", info.dtype, _spread(adapter, site, factor)
+                f"{site.module}.{_ENDS[factor]}", info.dtype, _shape(adapter, site, factor)
             )
-            yield stored, _loader(site, factor, stored)
+            yield stored, loader(site, factor, stored)
     for name, info in adapter.added.items():
         if name not in scalings:
             raise FormatError(
@@ -73,32 +73,16 @@ def _tensors(adapter: Adapter) -> Iterator[Stored]:
         yield TensorInfo(key, "F32", info.shape), _unscaled(adapter, name, scalings[name])
 
 
-def _spread(adapter: Adapter, site: Site, factor: str) -> tuple[int, ...]:
-    """The shape in the file: PEFT's, so that of a convolution with the kernel's dimensions."""
+def _shape(adapter: Adapter, site: Site, factor: str) -> tuple[int, ...]:
+    """PEFT's, whose magnitudes are [out], and of a convolution [1, out, 1, 1]."""
+    if factor != "m":
+        return spread(site, factor)
     rows, columns = site.factors[factor].shape
-    if factor == "m":
-        if columns != 1:
-            raise FormatError(
-                f"{adapter.path}: {site.module} norms each column, and PEFT each row. Merge it."
-            )
-        return (1, rows, *(1 for _ in site.kernel)) if site.kernel else (rows,)
-    if not site.kernel:
-        return rows, columns
-    if factor == "A":
-        return rows, columns // math.prod(site.kernel), *site.kernel
-    return rows, columns, *(1 for _ in site.kernel)
-
-
-def _loader(site: Site, factor: str, info: TensorInfo) -> Callable[[], Array]:
-    def load() -> Array:
-        import numpy as np
-
-        from lorasurgery.arrays import NUMPY
-
-        found = np.ascontiguousarray(site.load()[factor]).reshape(info.shape)
-        return found.astype(NUMPY[info.dtype], copy=False)
-
-    return load
+    if columns != 1:
+        raise FormatError(
+            f"{adapter.path}: {site.module} norms each column, and PEFT each row. Merge it."
+        )
+    return (1, rows, *(1 for _ in site.kernel)) if site.kernel else (rows,)
 
 
 def _unscaled(adapter: Adapter, name: str, scaling: float) -> Callable[[], Array]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.dialects import _kohya_names, _kohya_products, _one_file, _sayable
+from lorasurgery.dialects._pair_write import loader, spread
 from lorasurgery.dialects._peft_lora_write import Stored
 from lorasurgery.errors import FormatError
 from lorasurgery.tensors import TensorInfo
@@ -18,17 +17,6 @@ if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
 _ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "m": "dora_scale"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """How a factor in the file differs from the site's."""
-
-    scale: float = 1.0
-    turned: bool = False
-
-
-_NONE = _Change()
 
 
 def write(adapter: Adapter, file: Path, variants: tuple[str, ...]) -> None:
@@ -70,43 +58,17 @@ def _tensors(adapter: Adapter, site: Site, name: str) -> Iterator[Stored]:
             shape = info.shape[::-1] if turned else info.shape
             scale = site.config.scaling if unscaled and factor == "W1" else 1.0
             stored = TensorInfo(f"{name}.{ends[factor]}", info.dtype, shape)
-            yield stored, _loader(site, factor, stored, _Change(scale, turned))
+            yield stored, loader(site, factor, stored, scale=scale, turned=turned)
     else:
         for factor, info in site.factors.items():
-            shape = _spread(adapter, site, factor)
-            stored = TensorInfo(f"{name}.{_ENDS[factor]}", info.dtype, shape)
-            yield stored, _loader(site, factor, stored)
+            if factor == "m" and site.kernel and info.shape[1] != 1:
+                raise FormatError(
+                    f"{adapter.path}: {site.module} norms each column of a convolution, which LyCORIS does "
+                    "not. Merge it."
+                )
+            stored = TensorInfo(f"{name}.{_ENDS[factor]}", info.dtype, spread(site, factor))
+            yield stored, loader(site, factor, stored)
     yield TensorInfo(f"{name}.alpha", "F32", ()), _number(alpha)
-
-
-def _spread(adapter: Adapter, site: Site, factor: str) -> tuple[int, ...]:
-    """The shape in the file: of a convolution with the kernel's dimensions."""
-    rows, columns = site.factors[factor].shape
-    if not site.kernel:
-        return rows, columns
-    if factor == "A":
-        return rows, columns // math.prod(site.kernel), *site.kernel
-    if factor == "m" and columns != 1:
-        raise FormatError(
-            f"{adapter.path}: {site.module} norms each column of a convolution, which LyCORIS does not."
-            " Merge it."
-        )
-    return rows, columns, *(1 for _ in site.kernel)
-
-
-def _loader(
-    site: Site, factor: str, info: TensorInfo, change: _Change = _NONE
-) -> Callable[[], Array]:
-    def load() -> Array:
-        import numpy as np
-
-        from lorasurgery.arrays import NUMPY
-
-        found = site.load()[factor] * np.float32(change.scale)
-        found = np.ascontiguousarray(found.T if change.turned else found)
-        return found.reshape(info.shape).astype(NUMPY[info.dtype], copy=False)
-
-    return load
 
 
 def _number(value: float) -> Callable[[], Array]:

@@ -68,7 +68,7 @@ def read(path: Path) -> Adapter:
         sites=tuple(sites),
         replaced={},
         added={n: replace(source.info(key), name=n) for n, (key, _) in added.items()},
-        load=_nothing,
+        load=_one_file.nothing,
         load_added=lambda name: _scaled(source, *added[name]),
         settings={"parts": configs},
         problems=(*problems, *strange),
@@ -144,7 +144,3 @@ def _scaled(source: Checkpoint, key: str, scaling: float) -> Array:
     import numpy as np
 
     return source.read(key).astype(np.float32) * np.float32(scaling)
-
-
-def _nothing(name: str) -> Array:
-    raise KeyError(name)

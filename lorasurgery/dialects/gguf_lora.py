@@ -72,8 +72,8 @@ def read(path: Path) -> Adapter:
         sites=tuple(sites),
         replaced={},
         added={},
-        load=_nothing,
-        load_added=_nothing,
+        load=_one_file.nothing,
+        load_added=_one_file.nothing,
         problems=tuple(problems),
         base_config=config,
     )
@@ -186,7 +186,3 @@ def _reader(
         return found
 
     return load
-
-
-def _nothing(name: str) -> Array:
-    raise KeyError(name)

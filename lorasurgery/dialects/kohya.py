@@ -20,7 +20,7 @@ from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.problems import Problem
 
 if TYPE_CHECKING:
-    from lorasurgery.arrays import Array
+    pass
 
 VARIANTS = ("lora", "dora", "loha", "lokr")
 
@@ -61,8 +61,8 @@ def read(path: Path) -> Adapter:
         sites=tuple(sites),
         replaced={},
         added={},
-        load=_nothing,
-        load_added=_nothing,
+        load=_one_file.nothing,
+        load_added=_one_file.nothing,
         settings=settings,
         problems=tuple(problems),
     )
@@ -127,7 +127,3 @@ def _alpha(source: Checkpoint, ends: Mapping[str, str], rank: int) -> float:
             f"{source.path}: {info} is no finite number, as an alpha must be. Restore the file."
         )
     return alpha or float(rank)
-
-
-def _nothing(name: str) -> Array:
-    raise KeyError(name)

@@ -72,8 +72,8 @@ def read(path: Path) -> Adapter:
         sites=tuple(sites),
         replaced={},
         added={},
-        load=_nothing,
-        load_added=_nothing,
+        load=_one_file.nothing,
+        load_added=_one_file.nothing,
         problems=tuple(problems),
     )
 
@@ -155,7 +155,3 @@ def _stored(site: Site) -> tuple[Array, Array]:
         for name, f in scaled.items()
     )
     return a, b
-
-
-def _nothing(name: str) -> Array:
-    raise KeyError(name)
