@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quantize
 from handmade import BASE_CONFIG, HEADS, HIDDEN, WIDE, adapter, delta, llama, lora, numbers
+from typer.testing import CliRunner
 
 from lorasurgery.adapter import Adapter, AdapterConfig
-from lorasurgery.dialects import gguf_lora
+from lorasurgery.cli.app import app
+from lorasurgery.dialects import gguf_lora, peft
 from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.tensors import TensorInfo
 
@@ -252,3 +255,27 @@ def test_what_llama_cpp_cannot_hold_is_refused():
         "lm_head.weight is replaced as a whole, which llama.cpp cannot say. Merge it, convert it, or write "
         "another dialect."
     )
+
+
+def test_commands_that_are_given_the_base_write_it(tmp_path):
+    base, source = small.base(tmp_path / "base"), small.adapter(tmp_path / "it")
+    merged, out = tmp_path / "merged", tmp_path / "out"
+    command(["merge", base, source, "-o", merged, "--dtype", "float32"])
+    command(["convert", source, "--base", base, "-o", out / "a", "--dialect", "gguf_lora"])
+    command(
+        ["extract", base, merged, "--rank", small.RANK, "-o", out / "b", "--dialect", "gguf_lora"]
+    )
+    wanted = {s.module: delta(s) for s in peft.read(source).sites}
+    for found in (gguf_lora.read(out / name) for name in "ab"):
+        assert {s.module for s in found.sites} >= wanted.keys()
+        for site in found.sites:
+            if (
+                site.module in wanted
+            ):  # extract takes them out of float32 sums, each of them rounded
+                change = np.abs(delta(site) - wanted[site.module]).max()
+                assert change < 1e-3 * np.abs(wanted[site.module]).max()
+
+
+def command(arguments: list[object]) -> None:
+    done = CliRunner().invoke(app, [*map(str, arguments), "-q"])
+    assert done.exit_code == 0, done.output

@@ -77,7 +77,11 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
     check_ready(output, inputs, how)
     notes = usable(adapter, options.allowed)
-    weights = site_weights(open_model(options.base), adapter) if options.base else None
+    weights = None
+    if options.base:
+        model = open_model(options.base)
+        weights = site_weights(model, adapter)
+        adapter = replace(adapter, base_config=model.config)
     folded = options.folded or options.padded
     work = Conversion(adapter, options.to, options.capped, weights, folded)
     found = each(adapter.sites, lambda site: convert_site(work, site), how)

@@ -159,6 +159,7 @@ def _adapter(pair: _Pair, sites: list[Site], others: list[str]) -> Adapter:
         load=tuned.weights.read,
         load_added=tuned.weights.read,
         settings={"task_type": task},
+        base_config=pair.base.config,
     )
 
 
