@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lorasurgery.adapter import Adapter, AdapterConfig, Site
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.dialects import _peft_lora_config
-from lorasurgery.dialects._peft_lora import _ORIGINAL, _WRAPPED, _brief, _expected, _facts
+from lorasurgery.dialects._peft_lora import _WRAPPED, _brief, wholes_of
 from lorasurgery.dialects._peft_lora_write import PREFIX
 from lorasurgery.errors import MatchError
 from lorasurgery.plugins import suggestion
@@ -69,17 +69,8 @@ def read(
             problems.append(found)
         else:
             sites += found
-    replaced = {}
-    for key in whole:
-        name = _WRAPPED.sub("", key.removeprefix(PREFIX))
-        if _ORIGINAL in key and key.replace(_ORIGINAL, ".") in source:
-            continue
-        if _expected(config, name):
-            replaced[name] = key
-        else:
-            problems.append(
-                Problem(key, f"{key} {_facts(source, key)} is no part of a {kind.name}")
-            )
+    replaced, strangers = wholes_of(source, config, whole, kind.name)
+    problems += strangers
     return Adapter(
         path=path,
         dialect="peft",

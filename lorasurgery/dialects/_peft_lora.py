@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,15 +63,8 @@ def read(path: Path, config: Mapping[str, Any], source: Checkpoint) -> Adapter:
         if "bias" in keys:
             name = f"{group.module}.bias"
             added[name] = (keys["bias"], found.config.scaling)
-    replaced = {}
-    for key in whole:
-        name = _WRAPPED.sub("", key.removeprefix(_PREFIX))
-        if _ORIGINAL in key and key.replace(_ORIGINAL, ".") in source:
-            continue
-        if _expected(config, name):
-            replaced[name] = key
-        else:
-            problems.append(Problem(key, f"{key} {_facts(source, key)} is no part of a LoRA"))
+    replaced, strangers = wholes_of(source, config, whole, "LoRA")
+    problems += strangers
     return Adapter(
         path=path,
         dialect="peft",
@@ -218,6 +211,22 @@ def _scaled(source: Checkpoint, key: str, scaling: float) -> Array:
     import numpy as np
 
     return source.read(key).astype(np.float32) * np.float32(scaling)
+
+
+def wholes_of(
+    source: Checkpoint, config: Mapping[str, Any], keys: Iterable[str], kind: str
+) -> tuple[dict[str, str], list[Problem]]:
+    """Keys that are no factors: the base's name -> the key that replaces it; and what has no place."""
+    replaced, strangers = {}, []
+    for key in keys:
+        name = _WRAPPED.sub("", key.removeprefix(_PREFIX))
+        if _ORIGINAL in key and key.replace(_ORIGINAL, ".") in source:
+            continue
+        if _expected(config, name):
+            replaced[name] = key
+        else:
+            strangers.append(Problem(key, f"{key} {_facts(source, key)} is no part of a {kind}"))
+    return replaced, strangers
 
 
 def _expected(config: Mapping[str, Any], name: str) -> bool:
