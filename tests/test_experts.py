@@ -17,8 +17,8 @@ from lorasurgery.adapter import AdapterConfig, Site
 from lorasurgery.dialects import peft
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model, open_model
-from lorasurgery.operations._experts_single import single
-from lorasurgery.operations._experts_stacked import stacked
+from lorasurgery.operations.layouts.experts_single import single
+from lorasurgery.operations.layouts.experts_stacked import stacked
 
 EXPERTS, HIDDEN, WIDE = 3, 8, 5
 AT = "model.layers.0.mlp.experts"

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 from lorasurgery.adapter import Adapter, AdapterConfig, Site
 from lorasurgery.dialects import peft
 from lorasurgery.errors import MatchError
-from lorasurgery.operations._fused_rows import by_name, rows
-from lorasurgery.operations._projections import split
-from lorasurgery.operations._projections_fused import fuse
+from lorasurgery.operations.layouts.fused_rows import by_name, rows
+from lorasurgery.operations.layouts.projections_fused import fuse
+from lorasurgery.operations.layouts.projections_split import split
 from lorasurgery.tensors import TensorInfo
 
 HIDDEN, WIDE, HEADS, KV, HEAD = 24, 20, 4, 2, 6

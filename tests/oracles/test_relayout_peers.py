@@ -21,7 +21,7 @@ from transformers import (
     Phi3Config,
 )
 
-from lorasurgery.operations._fused_rows import by_name, rows
+from lorasurgery.operations.layouts.fused_rows import by_name, rows
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": VOCAB,
