@@ -124,14 +124,20 @@ def needed(adapter: Adapter, model: Model | None) -> Model:
 
 def count(adapter: Adapter, model: Model) -> int:
     """How many experts a layer has. Raises MatchError where the config does not say."""
-    text = text_of(model.config)
-    found = next((text[key] for key in _COUNTS if text.get(key)), None)
+    found = said_count(model.config)
     if found is None:
         raise MatchError(
             f"{adapter.path}: {model.path}'s config.json does not say how many experts it has "
             f"({', '.join(_COUNTS)}). Check --base."
         )
-    return int(found)
+    return found
+
+
+def said_count(config: Mapping[str, Any]) -> int | None:
+    """How many experts a layer has, as config.json says."""
+    text = text_of(config)
+    found = next((text[key] for key in _COUNTS if text.get(key)), None)
+    return None if found is None else int(found)
 
 
 def kind(config: Mapping[str, Any]) -> str:
