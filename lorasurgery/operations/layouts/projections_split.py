@@ -30,10 +30,12 @@ def split(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
         if fused is None:
             found.append((site, site))
             continue
-        _check_rows(adapter, site)
+        check_rows(adapter, site)
         lie = known_rows(adapter, fused, config, site.module, site.size[0])
         splits[site.module] = (fused, lie)
-        found += [(_part(site, fused, lie, i), site) for i in range(len(fused.parts))]
+        owner = site.module.removesuffix(fused.name)
+        for i, part in enumerate(fused.parts):
+            found.append((of_rows(site, f"{owner}{part}", lie.of(i)), site))
     if not splits:
         raise nothing_to_do(adapter, "fused", [f.name for f in TABLE])
     made = replace(adapter, sites=tuple(new for new, _ in found))
@@ -46,7 +48,8 @@ def _fused(site: Site, config: Mapping[str, Any]) -> Fused | None:
     return by_name(site.module.rpartition(".")[2], config) if plain else None
 
 
-def _check_rows(adapter: Adapter, site: Site) -> None:
+def check_rows(adapter: Adapter, site: Site) -> None:
+    """Raises MatchError for a variant whose change of some rows is not of the same kind by itself."""
     names = getattr(variant_of(site), "ROWS", ())
     out = site.size[0]
     known = site.config.variant in _BY_ROWS
@@ -76,9 +79,9 @@ def known_rows(
     return lie
 
 
-def _part(site: Site, fused: Fused, lie: Rows, i: int) -> Site:
-    owner = site.module.removesuffix(fused.name)
-    names, index = getattr(variant_of(site), "ROWS", ()), lie.of(i)
+def of_rows(site: Site, module: str, index: Array) -> Site:
+    """What a site does to some rows of W, in this order, as a site of a module that has these alone."""
+    names = getattr(variant_of(site), "ROWS", ())
     facts = {
         name: replace(info, shape=(len(index), *info.shape[1:])) if name in names else info
         for name, info in site.factors.items()
@@ -87,7 +90,7 @@ def _part(site: Site, fused: Fused, lie: Rows, i: int) -> Site:
     def load() -> dict[str, Array]:
         return {n: f[index] if n in names else f for n, f in site.load().items()}
 
-    return replace(site, module=f"{owner}{fused.parts[i]}", factors=facts, load=load)
+    return replace(site, module=module, factors=facts, load=load)
 
 
 def nothing_to_do(adapter: Adapter, what: str, names: list[str]) -> MatchError:
