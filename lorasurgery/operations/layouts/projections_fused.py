@@ -48,8 +48,9 @@ def fuse(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
     if not groups:
         raise nothing_to_do(adapter, "a part", [p for f in TABLE[-2:] for p in f.parts])
     made, origins, shared = list[Site](), list[Site](), 0
+    by = {id(site): group for group in groups for site in group.sites.values()}
     for site in adapter.sites:
-        group = next((g for g in groups if site in g.sites.values()), None)
+        group = by.get(id(site))
         if group is None:
             made.append(site)
         elif site is next(iter(group.sites.values())):
