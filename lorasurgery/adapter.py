@@ -99,9 +99,23 @@ class Adapter:
     base_config: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Base(Protocol):
+    """The frozen layer beside a detour, dense or quantized."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """X Wᵀ, without a bias."""
+        ...
+
+    def weight(self) -> Tensor:
+        """W [out, in], float32 or wider."""
+        ...
+
+
 class Variant(Protocol):
     """What a module in adapters/ offers. W is [out, in]; all maths in float32.
 
+    A variant that knows what it adds to x Wᵀ without W's being read for it may offer
+    `detour(x, factors, config, base)`, so that it can be trained beside a base of any kind.
     A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
     row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row, and by its
     own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW.
