@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lorasurgery import plugins
 from lorasurgery.errors import MatchError
-from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations.merge import merge
+from lorasurgery.operations.merging.options import MergeOptions
 from lorasurgery.surgery import RunOptions
 from lorasurgery.training import method as methods
 from lorasurgery.training import state

@@ -16,7 +16,7 @@ from lorasurgery import __version__, plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.checkpoint import MANIFEST, SCRATCH
 from lorasurgery.errors import LoraSurgeryError
-from lorasurgery.operations._adapter_output import (
+from lorasurgery.operations.algebra.adapter_output import (
     Outcome,
     as_written,
     check_variants,
