@@ -189,6 +189,10 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
             "dora_norm: int32 is not one of bfloat16, float16, float32. Convert the weight first.",
         ),
         (
+            lambda: dora_norm.run(np.zeros((4, 6), F4), np.zeros((2, 6), F4), np.zeros((4, 2), F4), 2),
+            "dora_norm: axis 2 is neither 0 nor 1. Norms of rows are along 1.",
+        ),
+        (
             lambda: dora_output.run(np.zeros((2, 3), F4), np.zeros((2, 3), BF), np.ones(3, F4), np.ones(3, F4)),
             "dora_output: the base's output is float32 [2, 3] and the adapter's bfloat16 [2, 3], but "
             "both must be one [n, out]. Reshape or convert them.",
