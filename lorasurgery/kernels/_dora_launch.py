@@ -52,7 +52,8 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def column_norms(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same column by column: float32 [cols]; sums of squares meet in float64."""
-    (rows, columns), found = w.shape, []
+    rows, columns = w.shape
+    found: list[Tensor] = []
 
     def launch(config: Config) -> None:
         across, steps = -(-columns // config["COLUMNS"]), -(-rows // config["ROWS"])
@@ -67,7 +68,8 @@ def column_norms(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if not w.numel():
         return a.new_zeros(columns)
     tuned("column_norms", COLUMN_NORMS, (w, a), launch)
-    return found[0].sum(dim=0).sqrt().float()
+    norms: Tensor = found[0].sum(dim=0).sqrt().float()
+    return norms
 
 
 def scaled(base: Tensor, lora: Tensor | None, scale: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ def scaled_backward(
     g: Tensor, base: Tensor, lora: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """g · scale [n, out], and the sums of g · (base + lora) down the columns, float32 [out]."""
-    (rows, columns), found = base.shape, []
+    rows, columns = base.shape
+    found: list[Tensor] = []
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
 
     def launch(config: Config) -> None:

@@ -126,45 +126,6 @@ def layout(w: Packed, k: int) -> dict[str, Any]:
     return {"BLOCK": w.block, "NESTED": SECOND if w.double else 0, "ODD": k % w.block != 0}
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """One configuration: a tile BM x BN of the result, BK at a time."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def blocks(self) -> dict[str, int]:
-        """The constants and options of a launch."""
-        names = "BM", "BN", "BK", "num_warps", "num_stages"
-        return dict(zip(names, (self.m, self.n, self.k, self.warps, self.stages), strict=True))
-
-
-def tiles(m: int, dtype: torch.dtype, crossing: bool) -> Tiles:
-    """The configuration for so many rows of x; few rows are bound by memory, many by arithmetic."""
-    # weights that are found one by one need registers for their places
-    if crossing or dtype_name(dtype) == "float32":
-        return Tiles(16 if m <= 16 else 32, 64, 32, 4, 2)
-    if m <= 16:
-        return Tiles(16, 64, 128, 4, 3)
-    if m <= 64:
-        return Tiles(64, 64, 64, 4, 3)
-    return Tiles(128, 128, 64, 8, 3) if _roomy() else Tiles(64, 128, 64, 8, 3)
-
-
-def _roomy() -> bool:
-    """Whether a tile of 128 x 128 leaves registers for unpacking: not where one warp multiplies (Ampere)."""
-    from triton import knobs
-    from triton.runtime.driver import driver
-
-    if knobs.runtime.interpret:
-        return True
-    target = driver.active.get_current_target()
-    return bool(target.backend != "cuda" or target.arch >= 90)
-
-
 @cache
 def _levels(device: torch.device) -> Tensor:
     import torch

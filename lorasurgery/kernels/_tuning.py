@@ -150,4 +150,4 @@ def on_the_gpu(call: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         taken.append(start.elapsed_time(end))
-    return median(taken)
+    return float(median(taken))
