@@ -39,7 +39,7 @@ EVERY = plugins.names("kernels")
 KERNELS = [n for n in EVERY if not hasattr(plugins.load("kernels", n), "tolerance")]
 LAUNCHED = [
     "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
-    "nf4_dequantize", "nf4_merge", "nf4_quantize",
+    "lora_merge", "nf4_dequantize", "nf4_merge", "nf4_quantize",
 ]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
