@@ -112,30 +112,24 @@ Launch = Callable[[], object]
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """The matrix kernels, in every configuration of each."""
+    """Those that together have every configuration of every kernel, in its heaviest form."""
     half, full = torch.bfloat16, torch.float32
     for m in (1, 16, 64, SIZE):
-        yield f"nf4_linear m={m}", partial(linear, m, half)
-        yield f"nf4_linear m={m} nested", partial(linear, m, half, double=True)
-        yield f"nf4_linear m={m} float32", partial(linear, m, full)
-        yield f"nf4_linear m={m} crossing", partial(linear, m, half, size=SIZE + 32)
         yield f"lora_linear m={m} nested", partial(lora, m, half)
     for m in (16, 64, SIZE):
         yield f"lora_linear gradient m={m} nested", partial(backward, m, half, RANK)
-        yield f"nf4_linear gradient m={m} float32", partial(backward, m, full, 0)
+    for m in (1, 16, SIZE):
+        yield f"nf4_linear m={m} float32", partial(linear, m, full)
+        yield f"nf4_linear m={m} crossing", partial(linear, m, half, size=SIZE + 32)
     for m in (64, SIZE):
         yield f"grouped_lora m={m}", partial(grouped, m, half)
-        yield f"grouped_lora m={m} float32", partial(grouped, m, full)
-        yield f"grouped_lora m={m} page=10", partial(grouped, m, half, page=10)
-    for lora_too in (False, True):
-        label = f"dora_output gradient{' alone' * (not lora_too)}"
-        yield label, partial(scaled_backward, lora_too)
+    yield "dora_output gradient", partial(scaled_backward, True)
     for name in simple():
         yield name, partial(plugins.load("kernels", name).launch, *layer(name))
     yield "dora_norm columns", partial(dora_norm.launch, *layer("dora_norm"), 0)
-    _, *state, _ = layer("adalora_importance")
-    wide = [x.T.contiguous() for x in (state[0], *state)]
-    yield "adalora_importance axis 0", partial(adalora_importance.launch, *wide, 0)
+    *state, _ = layer("adalora_importance")
+    across = [x.T.contiguous() for x in state]
+    yield "adalora_importance axis 0", partial(adalora_importance.launch, *across, 0)
 
 
 def simple() -> list[str]:
@@ -164,9 +158,22 @@ def scaled_backward(lora_too: bool) -> object:
 
 @cache
 def others() -> tuple[tuple[str, Launch], ...]:
-    """Other dtypes and flags, on the cases of tests, in the first configuration."""
-    half = torch.float16
-    found = [(f"nf4_linear m={m} float16", partial(linear, m, half)) for m in (1, 16, 64, SIZE)]
+    """Other dtypes and flags, in the first configuration."""
+    found: list[tuple[str, Launch]] = []
+    half = torch.bfloat16
+    for m in (1, 16, 64, SIZE):
+        found += [
+            (f"nf4_linear m={m}", partial(linear, m, half)),
+            (f"nf4_linear m={m} nested", partial(linear, m, half, double=True)),
+            (f"nf4_linear m={m} float16", partial(linear, m, torch.float16)),
+        ]
+    for m in (64, SIZE):
+        found += [
+            (f"nf4_linear gradient m={m} float32", partial(backward, m, torch.float32, 0)),
+            (f"grouped_lora m={m} float32", partial(grouped, m, torch.float32)),
+            (f"grouped_lora m={m} page=10", partial(grouped, m, half, page=10)),
+        ]
+    found.append(("dora_output gradient alone", partial(scaled_backward, False)))
     for name in simple():
         kernel = plugins.load("kernels", name)
         for label, args in kernel.cases(torch.Generator().manual_seed(0)):
@@ -175,16 +182,24 @@ def others() -> tuple[tuple[str, Launch], ...]:
 
 
 def calls(chip: Chip) -> Iterator[tuple[str, Call]]:
-    """Launches of which no two have the same code."""
-    seen = set()
+    """Launches whose flags, dtypes or block sizes were not among those before."""
+    seen = set[Any]()
     for all_configs, group in ((True, launches()), (False, others())):
         for label, launch in group:
             for call in recorded(launch, chip, all_configs=all_configs):
-                kinds = tuple(str(a.dtype) for a in call.args if isinstance(a, Tensor))
-                known = call.name, call.constants, kinds
-                if known not in seen:
-                    seen.add(known)
+                facts = _facts(call, all_configs or " m=" in label)
+                if not facts <= seen:
+                    seen |= facts
                     yield label, call
+
+
+def _facts(call: Call, whole: bool) -> set[Any]:
+    """What sets its code apart; of cases of tests, flags with dtypes, and block sizes for themselves."""
+    kinds = tuple(str(a.dtype) for a in call.args if isinstance(a, Tensor))
+    sizes = {"BLOCK", "ROWS", "SIZE", "num_warps"}
+    flags = " ".join(f"{k}={v}" for k, v in call.options.items() if k not in sizes)
+    some = {(call.name, flags, kinds), (call.name, call.options.get("BLOCK"))}
+    return {(call.name, call.constants, kinds), *some} if whole else some
 
 
 def row(label: str, call: Call, chip: Chip, code: Code) -> Row:
