@@ -13,6 +13,7 @@ from lorasurgery.errors import UsageError
 from lorasurgery.model import open_model
 from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations._bias_sites import biases_added
 from lorasurgery.operations._convert_site import Conversion, Converted, convert_site
 from lorasurgery.operations._made import each, kept, name_of, nbytes, usable, with_sites
 from lorasurgery.operations._nearest import Aim, check_rank, total
@@ -20,6 +21,7 @@ from lorasurgery.operations._site_weights import site_weights
 from lorasurgery.operations._svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,9 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     weights = None
     if options.base:
         model = open_model(options.base)
+        adapter = replace(completed(model, adapter), base_config=model.config)
         weights = site_weights(model, adapter)
-        adapter = replace(adapter, base_config=model.config)
+        adapter = with_sites(adapter, [s for s in adapter.sites if name_of(s) in weights.shares])
     folded = options.folded or options.padded
     work = Conversion(adapter, options.to, options.capped, weights, folded)
     found = each(adapter.sites, lambda site: convert_site(work, site), how)
@@ -94,7 +97,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     )
     exact = sum(c.exact for c in found)
     outcome = Outcome(
-        "convert", with_sites(adapter, sites), inputs, options.settings, results,
+        "convert", biases_added(with_sites(adapter, sites)), inputs, options.settings, results,
         {"modules": len(found), "exact_modules": exact, **total(results)}, notes, started,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
