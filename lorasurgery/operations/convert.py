@@ -18,6 +18,7 @@ from lorasurgery.operations.algebra.adapter_output import (
     check_ready,
     publish,
 )
+from lorasurgery.operations.algebra.bias_sites import biases_added
 from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
 from lorasurgery.operations.algebra.made import each, kept, name_of, nbytes, usable, with_sites
 from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
@@ -25,6 +26,7 @@ from lorasurgery.operations.algebra.site_weights import site_weights
 from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,9 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     weights = None
     if options.base:
         model = open_model(options.base)
+        adapter = replace(completed(model, adapter), base_config=model.config)
         weights = site_weights(model, adapter)
-        adapter = replace(adapter, base_config=model.config)
+        adapter = with_sites(adapter, [s for s in adapter.sites if name_of(s) in weights.shares])
     folded = options.folded or options.padded
     work = Conversion(adapter, options.to, options.capped, weights, folded)
     found = each(adapter.sites, lambda site: convert_site(work, site), how)
@@ -99,7 +102,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     )
     exact = sum(c.exact for c in found)
     outcome = Outcome(
-        "convert", with_sites(adapter, sites), inputs, options.settings, results,
+        "convert", biases_added(with_sites(adapter, sites)), inputs, options.settings, results,
         {"modules": len(found), "exact_modules": exact, **total(results)}, notes, started,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
