@@ -126,10 +126,10 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield "dora_output gradient", partial(scaled_backward, True)
     for name in simple():
         yield name, partial(plugins.load("kernels", name).launch, *layer(name))
-    yield "dora_norm columns", partial(dora_norm.launch, *layer("dora_norm"), 0)
+    yield "dora_norm columns", partial(dora_norm.launch, *layer("dora_norm"), axis=0)
     *state, _ = layer("adalora_importance")
     across = [x.T.contiguous() for x in state]
-    yield "adalora_importance axis 0", partial(adalora_importance.launch, *across, 0)
+    yield "adalora_importance axis 0", partial(adalora_importance.launch, *across, axis=0)
 
 
 def simple() -> list[str]:

@@ -77,7 +77,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseFacts:
     """What a base tells an adapter that is incomplete without it, by module and parameter as it is live."""
 
     config: Mapping[str, Any]  # its config.json
@@ -103,7 +103,7 @@ class Adapter:
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
     # where factors depend on the base (VeRA's projections): the adapter with all of them; None where
     # nothing is missing
-    complete: Callable[[Base], Adapter] | None = None
+    complete: Callable[[BaseFacts], Adapter] | None = None
     # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
     base_config: Mapping[str, Any] = field(default_factory=dict)
 
