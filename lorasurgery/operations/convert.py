@@ -18,6 +18,7 @@ from lorasurgery.operations.algebra.adapter_output import (
     check_ready,
     publish,
 )
+from lorasurgery.operations.algebra.bias_sites import biases_added
 from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
 from lorasurgery.operations.algebra.made import (
     each,
@@ -35,6 +36,7 @@ from lorasurgery.operations.layouts.layout import Layout
 from lorasurgery.operations.layouts.relaid import Relaid
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     notes = usable(adapter, options.allowed)
     model = open_model(options.base) if options.base else None
     if model is not None:
-        adapter = replace(adapter, base_config=model.config)
+        adapter = replace(completed(model, adapter), base_config=model.config)
     relaid = options.layout.before(adapter, model)
     made, results = _converted(relaid, model, options, how)
     last = options.layout.after(made, model)
@@ -113,7 +115,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
         shown = results
     exact = sum(int(r.metrics["exact_form"]) for r in shown)
     outcome = Outcome(
-        "convert", last.adapter, inputs, options.settings, shown,
+        "convert", biases_added(last.adapter), inputs, options.settings, shown,
         {"modules": len(shown), "exact_modules": exact, **total(results)},
         (*notes, *relaid.notes, *last.notes), started,
     )  # fmt: skip
@@ -134,17 +136,20 @@ def _converted(
         )
     )
     weights = None if model is None or kept_as_it_is else site_weights(model, adapter)
+    pairs = list(zip(relaid.origins, adapter.sites, strict=True))
+    if weights is not None:  # what this base has no place for, and need not have, is left out
+        pairs = [(old, site) for old, site in pairs if name_of(site) in weights.shares]
     folded = options.folded or options.padded
     work = Conversion(adapter, options.to, options.capped, weights, folded)
 
     def convert_one(site: Site) -> Converted:
         return convert_site(replace(work, to=options.to or site.config.variant), site)
 
-    found = each(adapter.sites, convert_one, how)
+    found = each([site for _, site in pairs], convert_one, how)
     sites = [c.site for c in found]
     sites = _with_ranks(sites, options) if options.padded else sites
-    rows = zip(relaid.origins, found, sites, strict=True)
-    return with_sites(adapter, sites), tuple(_result(old, c, site) for old, c, site in rows)
+    rows = zip(pairs, found, sites, strict=True)
+    return with_sites(adapter, sites), tuple(_result(old, c, site) for (old, _), c, site in rows)
 
 
 def _of_part(of: Result, site: Site) -> Result:
