@@ -351,6 +351,14 @@ def test_what_cannot_be_fused_is_refused_in_one_line():
     )
 
 
+def test_a_bias_that_is_adapted_by_itself_would_be_left_behind():
+    for work, name in ((split, "qkv_proj"), (fuse, "q_proj")):
+        bias = replace(lora(f"m.{name}", Q, 1), parameter="bias")
+        assert refused(work, adapter([bias]), PHI) == (
+            f"m.{name}.bias is adapted by itself, and matrices alone change their layout. Merge it."
+        )
+
+
 def test_a_flag_that_is_no_layout_is_answered_with_the_nearest(tmp_path):
     source = fused_lora(tmp_path / "it")
     assert fails("convert", source, "-o", tmp_path / "out", "--projections", "splitt") == (

@@ -26,7 +26,7 @@ def split(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
     found: list[tuple[Site, Site]] = []
     splits: dict[str, tuple[Fused, Rows]] = {}
     for site in adapter.sites:
-        fused = _fused(site, config)
+        fused = _fused(adapter, site, config)
         if fused is None:
             found.append((site, site))
             continue
@@ -43,9 +43,24 @@ def split(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
     return Relaid(split_wholes(made, splits), tuple(old for _, old in found), (note,))
 
 
-def _fused(site: Site, config: Mapping[str, Any]) -> Fused | None:
-    plain = site.layout == "linear" and not site.kernel and site.parameter == "weight"
-    return by_name(site.module.rpartition(".")[2], config) if plain else None
+def _fused(adapter: Adapter, site: Site, config: Mapping[str, Any]) -> Fused | None:
+    fused = by_name(site.module.rpartition(".")[2], config)
+    check_plain(adapter, site, known=fused is not None)
+    return fused if is_plain(site) else None
+
+
+def is_plain(site: Site) -> bool:
+    """Whether it is a matrix, whose rows can go elsewhere."""
+    return site.layout == "linear" and not site.kernel and site.parameter == "weight"
+
+
+def check_plain(adapter: Adapter, site: Site, *, known: bool) -> None:
+    """Raises MatchError for a change of a bias of such a projection, which would be left behind."""
+    if known and site.parameter == "bias":
+        raise MatchError(
+            f"{adapter.path}: {site.module}.bias is adapted by itself, and matrices alone change their layout. "
+            "Merge it."
+        )
 
 
 def check_rows(adapter: Adapter, site: Site) -> None:
