@@ -8,6 +8,7 @@ import typer
 
 from lorasurgery.cli._options import (
     AllowUnmatched,
+    Calibrating,
     Energy,
     Printing,
     Rank,
@@ -60,6 +61,7 @@ def command(
     ] = False,
     allow_unmatched: AllowUnmatched = None,
     *,
+    calibrating: Calibrating,
     writing: WritingAdapter,
     printing: Printing,
 ) -> None:
@@ -86,7 +88,8 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        if writing.dialect or rank or energy or bake_scale or uniform_rank or ranks_allowed:
+        named = (writing.dialect, rank, energy, bake_scale, uniform_rank, ranks_allowed)
+        if any(named) or calibrating.calibrate:
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -104,6 +107,7 @@ def command(
         allowed_ranks=ranks(ranks_allowed),
         allowed=allowed,
         form=form,
+        calibration=calibrating.calibration,
     )
     carry_out(lambda output, how: convert(source, output, options, how), writing.run, printing)
 

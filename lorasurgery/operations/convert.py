@@ -11,13 +11,16 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Site
 from lorasurgery.errors import UsageError
 from lorasurgery.model import open_model
+from lorasurgery.operations._activations import gather
 from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations._calibration import Calibration, inputs_of
 from lorasurgery.operations._convert_site import Conversion, Converted, convert_site
 from lorasurgery.operations._made import each, kept, name_of, nbytes, usable, with_sites
 from lorasurgery.operations._nearest import Aim, check_rank, total
 from lorasurgery.operations._site_weights import site_weights
 from lorasurgery.operations._svd import padded
+from lorasurgery.operations._weighed import totals
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 
@@ -34,6 +37,7 @@ class ConvertOptions:
     allowed_ranks: tuple[int, ...] = ()
     allowed: tuple[str, ...] = ()
     form: AdapterFormat = field(default_factory=AdapterFormat)
+    calibration: Calibration | None = None
 
     def check(self) -> None:
         """Raises UnknownNameError, UsageError or ValueRangeError."""
@@ -41,6 +45,12 @@ class ConvertOptions:
         self.aim.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
+        if self.calibration:
+            self.calibration.check(self.base)
+            if self.capped.rank is None and self.capped.energy is None:
+                raise UsageError(
+                    "--calibrate: weighs what is cut off, and nothing is. Pass --rank or --energy."
+                )
         if self.padded and self.to != "lora":
             raise UsageError(
                 f"--to {self.to}: --uniform-rank and --ranks-allowed are of LoRA. Take them away."
@@ -63,6 +73,7 @@ class ConvertOptions:
         return {
             "to": self.to, **self.aim.settings, "bake_scale": self.folded, "uniform_rank": self.uniform,
             "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype,
+            **(self.calibration.settings if self.calibration else {}),
         }  # fmt: skip
 
 
@@ -74,7 +85,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     started = time.perf_counter()
     options.check()
     adapter = open_adapter(path)
-    inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
+    inputs = inputs_of(adapter.path, options.base, options.calibration)
     check_ready(output, inputs, how)
     notes = usable(adapter, options.allowed)
     weights = None
@@ -82,8 +93,14 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
         model = open_model(options.base)
         weights = site_weights(model, adapter)
         adapter = replace(adapter, base_config=model.config)
+    activations = None
+    if options.calibration:
+        assert weights is not None
+        activations = gather(adapter, weights, options.calibration, how)
+        notes += activations.notes
     folded = options.folded or options.padded
-    work = Conversion(adapter, options.to, options.capped, weights, folded)
+    moments = activations.moments if activations else None
+    work = Conversion(adapter, options.to, options.capped, weights, folded, moments)
     found = each(adapter.sites, lambda site: convert_site(work, site), how)
     sites = (
         _with_ranks([c.site for c in found], options) if options.padded else [c.site for c in found]
@@ -92,10 +109,11 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
         _result(before, c, site)
         for before, c, site in zip(adapter.sites, found, sites, strict=True)
     )
-    exact = sum(c.exact for c in found)
+    counts = {"modules": len(found), "exact_modules": sum(c.exact for c in found)}
+    lost = total(results) | (totals(results) if activations else {})
     outcome = Outcome(
-        "convert", with_sites(adapter, sites), inputs, options.settings, results,
-        {"modules": len(found), "exact_modules": exact, **total(results)}, notes, started,
+        "convert", with_sites(adapter, sites), inputs, options.settings, results, counts | lost,
+        notes, started,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
 
