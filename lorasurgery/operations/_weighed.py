@@ -68,7 +68,8 @@ def totals(results: Sequence[Result]) -> dict[str, float]:
         key: sum(r.metrics.get(key, 0.0) for r in results)
         for key in ("norm2", "output_norm2", "output_error2", "unweighted_error2", "unweighted_output_error2")
     }  # fmt: skip
-    found = {"output_error": share(sums["output_error2"], sums["output_norm2"])}
+    error = share(sums["output_error2"], sums["output_norm2"])
+    found = {"output_error": error, "output_energy": max(0.0, 1 - error**2)}
     if any("unweighted_error2" in r.metrics for r in results):
         found["unweighted_error"] = share(sums["unweighted_error2"], sums["norm2"])
         found["unweighted_output_error"] = share(

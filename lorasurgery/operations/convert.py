@@ -23,6 +23,7 @@ from lorasurgery.operations._svd import padded
 from lorasurgery.operations._weighed import totals
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     weights = None
     if options.base:
         model = open_model(options.base)
+        adapter = replace(completed(model, adapter), base_config=model.config)
         weights = site_weights(model, adapter)
-        adapter = replace(adapter, base_config=model.config)
     activations = None
     if options.calibration:
         assert weights is not None

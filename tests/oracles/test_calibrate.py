@@ -11,8 +11,18 @@ import numpy as np
 import peft
 import pytest
 import torch
-from merging import make_adapter, surgery
-from texts import IDS, TEXT, add_tokenizer, inputs
+from merging import make_adapter
+from texts import (
+    IDS,
+    TEXT,
+    add_tokenizer,
+    changes,
+    facts,
+    fails,
+    inputs,
+    output_error,
+    save,
+)
 from tiny import Base, make_base, tensors
 
 WINDOW, RANK = 12, 2
@@ -31,46 +41,10 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def facts(*arguments: object) -> dict[str, Any]:
-    result = surgery(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
-def fails(*arguments: object) -> tuple[int, str]:
-    result = surgery(*arguments)
-    assert result.stdout == ""
-    return result.exit_code, result.stderr
-
-
-def changes(base: Base, path: Path) -> dict[str, np.ndarray]:
-    """What PEFT's merge does to each adapted weight, float64 [out, in] as torch multiplies by it."""
-    before = dict(base.load().named_modules())
-    adapted: Any = peft.PeftModel.from_pretrained(base.load(), path)
-    names = [
-        n.removeprefix("base_model.model.")
-        for n, m in adapted.named_modules()
-        if hasattr(m, "get_delta_weight")
-    ]
-    merged = adapted.merge_and_unload()
-    found = {}
-    for name in names:
-        module = merged.get_submodule(name)
-        delta = (module.weight.double() - before[name].weight.double()).detach().numpy()
-        turned = type(module).__name__ in ("Conv1D", "Embedding")
-        found[name] = delta.T if turned else delta
-    return found
-
-
 def best(delta: np.ndarray, x: np.ndarray, rank: int) -> float:
     """The discarded singular values of D L, with L Lᵀ = E[x xᵀ] = Xᵀ X / n."""
     values = np.linalg.svd(delta @ x.T / len(x) ** 0.5, compute_uv=False)
     return float((values[rank:] ** 2).sum() ** 0.5)
-
-
-def output_error(off: np.ndarray, x: np.ndarray) -> float:
-    return float(((x @ off.T) ** 2).sum(1).mean() ** 0.5)
 
 
 def check(base: Base, start: Path, out: Path, found: dict[str, Any], rank: int = RANK) -> None:
@@ -109,17 +83,6 @@ CONVERTED: dict[str, Callable[[], Any]] = {
     "lokr": lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=LINEAR),
 }  # fmt: skip
-
-
-def save(base: Base, config: Any, path: Path) -> Path:
-    """An adapter of PEFT's, with numbers for all that it trains."""
-    model = peft.get_peft_model(base.load(), config)
-    torch.manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.2 * torch.randn_like(p)
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize("kind", CONVERTED)

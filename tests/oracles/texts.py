@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
+from merging import surgery
 from peft import PeftModel
 from tiny import Base
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -58,3 +61,50 @@ def _hooked(layers: dict[str, Any], seen: dict[str, list[Tensor]]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def changes(base: Base, path: Path) -> dict[str, np.ndarray]:
+    """What PEFT's merge does to each adapted weight, float64 [out, in] as torch multiplies by it."""
+    before = dict(base.load().named_modules())
+    adapted: Any = PeftModel.from_pretrained(base.load(), path)
+    names = [
+        n.removeprefix("base_model.model.")
+        for n, m in adapted.named_modules()
+        if hasattr(m, "get_delta_weight")
+    ]
+    merged = adapted.merge_and_unload()
+    found = {}
+    for name in names:
+        module = merged.get_submodule(name)
+        delta = (module.weight.double() - before[name].weight.double()).detach().numpy()
+        turned = type(module).__name__ in ("Conv1D", "Embedding")
+        found[name] = delta.T if turned else delta
+    return found
+
+
+def output_error(off: np.ndarray, x: np.ndarray) -> float:
+    return float(((x @ off.T) ** 2).sum(1).mean() ** 0.5)
+
+
+def save(base: Base, config: Any, path: Path) -> Path:
+    """An adapter of PEFT's, with numbers for all that it trains."""
+    model = peft.get_peft_model(base.load(), config)
+    torch.manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn_like(p)
+    model.save_pretrained(path)
+    return path
+
+
+def facts(*arguments: object) -> dict[str, Any]:
+    result = surgery(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def fails(*arguments: object) -> tuple[int, str]:
+    result = surgery(*arguments)
+    assert result.stdout == ""
+    return result.exit_code, result.stderr
