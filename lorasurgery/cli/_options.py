@@ -19,7 +19,7 @@ from lorasurgery.cli._sizes import size
 from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorasurgery.operations._calibration import Calibration
+    from lorasurgery.operations.activations.calibration import Calibration
 
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
 FloatName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -170,7 +170,7 @@ class Calibrating:
     @property
     def calibration(self) -> Calibration | None:
         """None where no text is given."""
-        from lorasurgery.operations._calibration import Calibration
+        from lorasurgery.operations.activations.calibration import Calibration
 
         return Calibration(self.calibrate, self.window, self.tokens) if self.calibrate else None
 

@@ -11,16 +11,21 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Site
 from lorasurgery.errors import UsageError
 from lorasurgery.model import open_model
-from lorasurgery.operations._activations import gather
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._calibration import Calibration, inputs_of
-from lorasurgery.operations._convert_site import Conversion, Converted, convert_site
-from lorasurgery.operations._made import each, kept, name_of, nbytes, usable, with_sites
-from lorasurgery.operations._nearest import Aim, check_rank, total
-from lorasurgery.operations._site_weights import site_weights
-from lorasurgery.operations._svd import padded
-from lorasurgery.operations._weighed import totals
+from lorasurgery.operations.activations.calibration import Calibration, inputs_of
+from lorasurgery.operations.activations.gather import gather
+from lorasurgery.operations.activations.weighed import totals
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
+from lorasurgery.operations.algebra.made import each, kept, name_of, nbytes, usable, with_sites
+from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
+from lorasurgery.operations.algebra.site_weights import site_weights
+from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 from lorasurgery.targets import completed

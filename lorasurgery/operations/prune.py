@@ -14,19 +14,23 @@ from typing import Literal
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import UsageError
 from lorasurgery.model import open_model
-from lorasurgery.operations import _ranks
-from lorasurgery.operations._activations import gather
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._calibration import Calibration, inputs_of
-from lorasurgery.operations._drop import DropOptions, dropped
-from lorasurgery.operations._made import each, usable, with_sites
-from lorasurgery.operations._nearest import check_energy, check_rank, total
-from lorasurgery.operations._probe import Moment
-from lorasurgery.operations._prune_sites import Pruning, relative
-from lorasurgery.operations._ranks import Spectrum
-from lorasurgery.operations._site_weights import site_weights
-from lorasurgery.operations._weighed import totals
+from lorasurgery.operations.activations.calibration import Calibration, inputs_of
+from lorasurgery.operations.activations.gather import gather
+from lorasurgery.operations.activations.probe import Moment
+from lorasurgery.operations.activations.weighed import totals
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.drop import DropOptions, dropped
+from lorasurgery.operations.algebra.made import each, usable, with_sites
+from lorasurgery.operations.algebra.nearest import check_energy, check_rank, total
+from lorasurgery.operations.algebra.prune_sites import Pruning, relative
+from lorasurgery.operations.algebra.ranks import Spectrum, at_most, keeping, within
+from lorasurgery.operations.algebra.site_weights import site_weights
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 from lorasurgery.targets import completed
@@ -160,8 +164,8 @@ def _cut_down(
 
 def _plan(spectra: Sequence[Spectrum], options: PruneOptions) -> list[int]:
     if options.rank is not None:
-        return _ranks.at_most(spectra, options.rank, options.allowed_ranks)
+        return at_most(spectra, options.rank, options.allowed_ranks)
     if options.energy is not None:
-        return _ranks.keeping(spectra, options.energy, options.allowed_ranks)
+        return keeping(spectra, options.energy, options.allowed_ranks)
     assert options.budget is not None
-    return _ranks.within(spectra, options.budget, options.allowed_ranks)
+    return within(spectra, options.budget, options.allowed_ranks)

@@ -146,7 +146,7 @@ def test_sums_that_memory_does_not_hold_are_gathered_in_passes(
     )
     once = facts(*lines)
     # a module of 32 inputs needs 8 KiB of sums, one of 48 needs 18 KiB
-    monkeypatch.setattr("lorasurgery.operations._activations._MEMORY", 17 << 10)
+    monkeypatch.setattr("lorasurgery.operations.activations.gather._MEMORY", 17 << 10)
     assert facts(*lines)["tensors"] == once["tensors"]
 
 
