@@ -26,7 +26,7 @@ from lorasurgery.operations.algebra.adapter_output import (
     publish,
 )
 from lorasurgery.operations.algebra.drop import DropOptions, dropped
-from lorasurgery.operations.algebra.made import each, usable, with_sites
+from lorasurgery.operations.algebra.made import each, name_of, usable, with_sites
 from lorasurgery.operations.algebra.nearest import check_energy, check_rank, total
 from lorasurgery.operations.algebra.prune_sites import Pruning, relative
 from lorasurgery.operations.algebra.ranks import Spectrum, at_most, keeping, within
@@ -128,12 +128,13 @@ def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOption
     if model and options.calibration:
         found = gather(adapter, site_weights(model, adapter), options.calibration, how)
         moments, notes = found.moments, notes + found.notes
+        adapter = with_sites(adapter, [s for s in adapter.sites if name_of(s) in moments])
     sites, results = (
         dropped(adapter, moments, options.drop)
         if options.drop and moments is not None
         else _cut_down(adapter, moments, options, how)
     )
-    lost = total(results) | (totals(results) if moments and not options.drop else {})
+    lost = total(results) | totals(results)
     outcome = Outcome(
         "prune", with_sites(adapter, sites), inputs, options.settings, tuple(results),
         {"modules": len(sites), **_gone(results, options), **lost}, notes, started,

@@ -188,6 +188,14 @@ def test_errors_are_one_line_each(base: Base, text: Path, tmp_path: Path) -> Non
         2,
         "error: --calibrate: weighs what is cut off, and nothing is. Pass --rank or --energy.\n",
     )
+    assert fails(*lines, "--calibrate", text, "--projections", "split") == (
+        2,
+        "error: --calibrate: runs modules as they are. Convert once more for --projections and --experts.\n",
+    )
+    assert fails("convert", start, "--dry-run", "--for", "vllm", "--calibrate", text) == (
+        2,
+        "error: --for: decides on ranks, scale and layout itself. Take the others away.\n",
+    )
     (tmp_path / "short.txt").write_text("w1")
     assert fails(*lines, "--calibrate", tmp_path / "short.txt") == (
         1,
@@ -230,6 +238,6 @@ def test_stacked_experts_are_refused(tmp_path: Path, text: Path) -> None:
         "convert", start, "--dry-run", "--base", mixtral.path, "--rank", 1, "--calibrate", text
     ) == (
         1,
-        f"error: {start}: model.layers.0.mlp.experts.down_proj is no module with a weight to transformers, and "
+        f"error: {start}: model.layers.0.mlp.experts.down_proj is no module's weight to transformers, and "
         "inputs are seen of linear layers and embeddings alone. Leave out --calibrate.\n",
     )

@@ -67,7 +67,9 @@ def _probes(adapter: Adapter, weights: SiteWeights, model: LanguageModel) -> lis
     live: dict[str, Any] = dict(model.model.named_modules())
     wanted = [f"{site.module}.weight" for site in adapter.sites]
     names = Names([f"{n}.weight" for n, m in live.items() if hasattr(m, "weight")], wanted)
-    return [_probe(adapter, site, weights, names, live) for site in adapter.sites]
+    # a base need not have a place for all
+    sites = [site for site in adapter.sites if name_of(site) in weights.shares]
+    return [_probe(adapter, site, weights, names, live) for site in sites]
 
 
 def _probe(
@@ -81,7 +83,9 @@ def _probe(
     module = live[stored.removesuffix(".weight")] if stored else None
     known = isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D))
     if not known or site.parameter != "weight":
-        what = f"a {type(module).__name__}" if module is not None else "no module with a weight"
+        what = "no module's weight"
+        if module is not None:
+            what = f"the {site.parameter} of a {type(module).__name__}"
         raise MatchError(
             f"{adapter.path}: {name} is {what} to transformers, and inputs are seen of linear layers and "
             "embeddings alone. Leave out --calibrate."

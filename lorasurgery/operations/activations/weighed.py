@@ -63,7 +63,9 @@ def share(error2: float, norm2: float) -> float:
 
 
 def totals(results: Sequence[Result]) -> dict[str, float]:
-    """The errors of outputs over all modules, those that are stated."""
+    """The errors of outputs over all modules; {} where none is stated."""
+    if not any("output_norm2" in r.metrics for r in results):
+        return {}
     sums = {
         key: sum(r.metrics.get(key, 0.0) for r in results)
         for key in ("norm2", "output_norm2", "output_error2", "unweighted_error2", "unweighted_output_error2")
