@@ -152,7 +152,10 @@ def _ia3(
     kernel, size = info.shape[2:], info.numel
     if len(info.shape) > 1 and info.shape[1] != size:
         return None
-    inner = bool(source.read(infos["side"].name).reshape(-1)[0])
+    side = source.read(infos["side"].name).reshape(-1)
+    if side.size != 1 or side[0] not in (0, 1):
+        return None
+    inner = bool(side[0])
     shape, sides = ((1, size), (None, size)) if inner else ((size, 1), (size, None))
 
     def load() -> dict[str, Array]:

@@ -59,7 +59,9 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def _tensors(adapter: Adapter, site: Site, name: str) -> Iterator[Stored]:
-    variant = str(site.config.extra.get("of", site.config.variant))
+    variant = site.config.variant
+    if variant == "decomposed":
+        variant = str(site.config.extra.get("of", "loha"))
     if site.config.extra.get("full"):
         yield from _kohya_others.whole(site, name)
         return
