@@ -77,7 +77,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseFacts:
     """What a base tells an adapter that is incomplete without it, by module and parameter as it is live."""
 
     config: Mapping[str, Any]  # its config.json
@@ -103,14 +103,28 @@ class Adapter:
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
     # where factors depend on the base (VeRA's projections): the adapter with all of them; None where
     # nothing is missing
-    complete: Callable[[Base], Adapter] | None = None
+    complete: Callable[[BaseFacts], Adapter] | None = None
     # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
     base_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Base(Protocol):
+    """The frozen layer beside a detour, dense or quantized."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """X Wᵀ, without a bias."""
+        ...
+
+    def weight(self) -> Tensor:
+        """W [out, in], float32 or wider."""
+        ...
 
 
 class Variant(Protocol):
     """What a module in adapters/ offers. W is [out, in]; all maths in float32.
 
+    A variant that knows what it adds to x Wᵀ without W's being read for it may offer
+    `detour(x, factors, config, base)`, so that it can be trained beside a base of any kind.
     A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
     row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row, and by its
     own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, Base, Site
+from lorasurgery.adapter import Adapter, BaseFacts, Site
 from lorasurgery.naming import Names
 from lorasurgery.orientation import misfit, orientation
 from lorasurgery.problems import Problem
@@ -126,7 +126,7 @@ def completed(model: Model, adapter: Adapter) -> Adapter:
     def read(name: str) -> Array:
         return model.weights.read(stored([name])[name])
 
-    return adapter.complete(Base(model.config, shapes, read))
+    return adapter.complete(BaseFacts(model.config, shapes, read))
 
 
 def unmatched(model: Model, resolved: Resolved) -> list[Problem]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,23 @@ def test_an_unknown_variant_is_an_error_that_names_it(base: Path, dialect: str) 
     assert json.loads(text) != json.loads(file.read_text())
     file.write_text(text)
     assert "'lorax'" in refused(base, adapter).lower()
+
+
+@pytest.mark.parametrize("dialect", ["gguf_lora", "ort_adapter"])
+def test_nan_in_a_file_of_another_kind_is_an_error(base: Path, dialect: str) -> None:
+    source = plugins.load("dialects", "peft").read(small.adapter(base.parent / "peft"))
+
+    def spoilt(site: Site) -> Site:
+        def load() -> dict[str, Any]:
+            factors = dict(site.load())
+            factors["A"].reshape(-1)[0] = np.nan
+            return factors
+
+        return replace(site, load=load)
+
+    sites = (spoilt(source.sites[0]), *source.sites[1:])
+    folder = base.parent / "a"
+    folder.mkdir()
+    held = replace(source, sites=sites, base_config=small.config())
+    plugins.load("dialects", dialect).write(held, folder)
+    assert "nan or inf" in refused(base, folder)

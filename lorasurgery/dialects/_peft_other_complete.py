@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, AdapterConfig, Base, Site
+from lorasurgery.adapter import Adapter, AdapterConfig, BaseFacts, Site
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.dialects import _peft_lora_config
 from lorasurgery.dialects._peft_lora_write import PREFIX
@@ -57,7 +57,7 @@ def incomplete(adapter: Adapter, source: Checkpoint, shared: Mapping[str, Tensor
 
 
 def _waiting(
-    adapter: Adapter, reason: str, complete: Callable[[Adapter, Base], Adapter], only: str = ""
+    adapter: Adapter, reason: str, complete: Callable[[Adapter, BaseFacts], Adapter], only: str = ""
 ) -> Adapter:
     message = f"{adapter.path}: {reason}, which only the base tells. Name the base."
     marked = _with(
@@ -75,7 +75,7 @@ def _with(adapter: Adapter, facts: Callable[[Site], Mapping[str, object]]) -> Ad
     return replace(adapter, sites=tuple(map(changed, adapter.sites)))
 
 
-def _widest(adapter: Adapter, base: Base) -> Adapter:
+def _widest(adapter: Adapter, base: BaseFacts) -> Adapter:
     found = base.shapes([f"{site.module}.weight" for site in adapter.sites])
     missing = [s.module for s in adapter.sites if len(found.get(f"{s.module}.weight", ())) != 2]
     if missing or not found:
@@ -89,7 +89,7 @@ def _widest(adapter: Adapter, base: Base) -> Adapter:
     return _with(adapter, lambda _: {"widest": widest})
 
 
-def _weights(adapter: Adapter, base: Base) -> Adapter:
+def _weights(adapter: Adapter, base: BaseFacts) -> Adapter:
     def weight(module: str) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
             import numpy as np
@@ -104,7 +104,7 @@ def _weights(adapter: Adapter, base: Base) -> Adapter:
     )
 
 
-def _order(adapter: Adapter, base: Base) -> dict[str, tuple[int, int]]:
+def _order(adapter: Adapter, base: BaseFacts) -> dict[str, tuple[int, int]]:
     settings = adapter.settings
     found: dict[str, tuple[int, int]] = _drawn().layers(
         base.config, lambda path: _peft_lora_config.targeted(settings, path)
@@ -117,7 +117,7 @@ def _drawn() -> Any:
     return plugins.load("adapters", "peft_bridge").drawn
 
 
-def _tinylora(adapter: Adapter, base: Base) -> Adapter:
+def _tinylora(adapter: Adapter, base: BaseFacts) -> Adapter:
     """Each module with its own vector, and with the seed that its projection is drawn with."""
     order, settings = list(_order(adapter, base)), adapter.settings
     top = "/base_model.tinylora_v."
@@ -145,10 +145,10 @@ def _tinylora(adapter: Adapter, base: Base) -> Adapter:
 
 def _unilora(
     source: Checkpoint, shared: Mapping[str, TensorInfo]
-) -> Callable[[Adapter, Base], Adapter]:
+) -> Callable[[Adapter, BaseFacts], Adapter]:
     """Sites for all modules that the config names, with what is drawn for each."""
 
-    def complete(adapter: Adapter, base: Base) -> Adapter:
+    def complete(adapter: Adapter, base: BaseFacts) -> Adapter:
         sizes = _order(adapter, base)
         drawn = _drawn().unilora(adapter.settings, sizes)
         settings = {**adapter.settings, "save_indices": True}
