@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.gpu_rows import Sides, benches, layer
 from benchmarks.rows import Row, Side
 from benchmarks.run import PEERS, installed
-from lorasurgery.operations._self_test import SelfTest, self_test
+from lorasurgery.operations.diagnosis.self_test import SelfTest, self_test
 
 RESULTS = Path(__file__).with_name("results")
 SIZE = 8192

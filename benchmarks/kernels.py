@@ -130,10 +130,11 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield "dora_output gradient", partial(scaled_backward, True)
     for name in simple():
         yield name, partial(plugins.load("kernels", name).launch, *layer(name))
-    yield "dora_norm columns", partial(dora_norm.launch, *[*layer("dora_norm"), 0])
-    *state, _ = layer("adalora_importance")
-    across = [x.T.contiguous() for x in state]
-    yield "adalora_importance axis 0", partial(adalora_importance.launch, *[*across, 0])
+    w, a, b = layer("dora_norm")
+    yield "dora_norm columns", partial(dora_norm.launch, w, a, b, 0)
+    w, grad, sensitivity, uncertainty = (x.T.contiguous() for x in layer("adalora_importance")[:4])
+    across = partial(adalora_importance.launch, w, grad, sensitivity, uncertainty, 0)
+    yield "adalora_importance axis 0", across
 
 
 def simple() -> list[str]:

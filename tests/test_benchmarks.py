@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu, gpu_rows
 from benchmarks.rows import ROWS
-from lorasurgery.operations._self_test import SelfTest, Tested
+from lorasurgery.operations.diagnosis.self_test import SelfTest, Tested
 
 ROOT = Path(__file__).parents[1]
 
