@@ -36,7 +36,7 @@ class Layer:
     b: Tensor  # bfloat16 [out, r]
 
     @property
-    def packed(self) -> tuple[Any, ...]:
+    def packed(self) -> tuple[Tensor, Tensor, int, int, Tensor]:
         return self.codes, self.absmax, BLOCK, len(self.dense), self.table
 
     @property
@@ -235,7 +235,10 @@ def adamw(w: Layer) -> Sides:
     parts = [start[:half].clone().requires_grad_(), start[half:].clone().requires_grad_()]
     for part, of in zip(parts, (grad[:half], grad[half:]), strict=True):
         part.grad = of.clone()
-    groups = [{"params": [parts[0]]}, {"params": [parts[1]], "lr": rates.lr * rates.ratio}]
+    groups: list[dict[str, Any]] = [
+        {"params": [parts[0]]},
+        {"params": [parts[1]], "lr": rates.lr * rates.ratio},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rates.lr, fused=True)
     steps = iter(range(1, 1 << 30))
 

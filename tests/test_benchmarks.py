@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu, gpu_rows
 from benchmarks.rows import ROWS
-from lorasurgery.operations.diagnosis.self_test import SelfTest, Tested
+from lorasurgery.operations.diagnosis import self_test
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,9 @@ def test_the_gpu_s_table_and_record_say_what_was_measured():
         "| linear | ours | 2.0 |  |",
         "|  | peer | 5.0 | 2.5 |",
     ]
-    tested = SelfTest("NVIDIA Made-up", (Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),))
+    tested = self_test.SelfTest(
+        "NVIDIA Made-up", (self_test.Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),)
+    )
     found = gpu.record(rows, "NVIDIA Made-up", tested)
     assert found["device"] == "NVIDIA Made-up"
     assert found["self_test"]["kernels"][0]["cases"] == 3
