@@ -123,7 +123,7 @@ def test_an_embedding_and_a_biased_layer_are_adapted_as_peft_adapts_them(base):
         for path, layer in prepared.trainer.parts.detours.layers.items():
             under = f"base_model.model.{path}"
             for name, factor in layer.factors.items():
-                factor += 0.1 * torch.randn(factor.shape)
+                factor.add_(0.1 * torch.randn(factor.shape))
                 if layer.layout == "embedding":
                     other = "B" if name == "A" else "A"
                     found[f"{under}.lora_embedding_{other}.default"].copy_(factor.T)
