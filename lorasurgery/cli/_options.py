@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from lorasurgery.operations.activations.calibration import Calibration
 
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="DIR", help="Lay it upon the model; it is not merged."),
+]
 FloatName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[
     FloatName, typer.Option("--dtype", help="Float dtype to write; auto keeps each tensor's own.")
