@@ -16,7 +16,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 
@@ -48,6 +48,16 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     """B A + Qᵣ Rᵣ has twice the rank."""
+    return None
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: the start would have to be of low rank as well."""
     return None
 
 

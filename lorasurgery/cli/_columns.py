@@ -58,6 +58,7 @@ COLUMNS = {
     "exact_form": Column("exact", _yes, min),
     "exact_modules": Column("exact", _number),
     "weight_error": Column("error of W'", _percent),
+    "mixture_error": Column("error, of the mixture", _percent),
     "angle_in": Column("angle in", _fixed, min),
     "angle_out": Column("angle out", _fixed, min),
     "energy": Column("energy kept", _percent, min),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,11 +16,13 @@ from lorasurgery.cli._options import (
 )
 from lorasurgery.cli._print import emit, table
 from lorasurgery.cli._report import carry_out
-from lorasurgery.cli._sizes import ranks
+from lorasurgery.cli._sizes import ranks, shares
 from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
     from lorasurgery.operations._lattice import Way
+
+Mixing = Literal["mean", "top", "experts"]
 
 
 def command(
@@ -55,6 +57,33 @@ def command(
         ),
     ] = False,
     ranks_allowed: RanksAllowed = None,
+    mixture: Annotated[
+        Mixing | None,
+        typer.Option(
+            "--mixture",
+            help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each.",
+        ),
+    ] = None,
+    gates: Annotated[
+        str | None,
+        typer.Option(
+            "--gates",
+            metavar="G1,...,GN",
+            show_default="those recorded",
+            help="The mean gates, or uniform.",
+        ),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option("--experts", min=1, help="--to moral: of so many, all alike.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, show_default="2", help="--to moral: chosen for a token."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", show_default="0", help="Of VeRA's projections, MoRAL's router."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what can become what, and how exactly.")
     ] = False,
@@ -71,7 +100,9 @@ def command(
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations._adapter_output import AdapterFormat
+    from lorasurgery.operations._into import Chosen
     from lorasurgery.operations._lattice import lattice
+    from lorasurgery.operations._mixture import Mixture
     from lorasurgery.operations._nearest import Aim
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
@@ -86,7 +117,8 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        if writing.dialect or rank or energy or bake_scale or uniform_rank or ranks_allowed:
+        given = (rank, energy, bake_scale, uniform_rank, ranks_allowed, mixture, gates, experts)
+        if writing.dialect or any(given):
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -99,6 +131,10 @@ def command(
         to=to,
         base=resolve(base) if base else None,
         aim=Aim(rank, energy, exact),
+        mixture=Mixture(
+            mixture, None if gates in (None, "uniform") else shares(gates), gates == "uniform"
+        ),
+        chosen=Chosen(experts=experts, top_k=top_k, seed=seed),
         folded=bake_scale,
         uniform=uniform_rank,
         allowed_ranks=ranks(ranks_allowed),

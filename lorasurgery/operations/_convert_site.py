@@ -6,21 +6,19 @@ Every way leads through LoRA. A variant whose change is no product of small fact
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 
-from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, AdapterConfig, Site, Variant
+from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.operations._interference import inner
+from lorasurgery.operations._into import Form, Held, exactly, nearest_of
 from lorasurgery.operations._made import check_finite, kept, name_of, pair, variant_of
 from lorasurgery.operations._nearest import Aim, loss, nearest
 from lorasurgery.operations._site_weights import SiteWeights
 from lorasurgery.operations._subspace import square
 from lorasurgery.operations._svd import of_product, rank_for
-from lorasurgery.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +26,14 @@ class Conversion:
     """To which variant, with how much of each change, and the base's weights where they are given."""
 
     adapter: Adapter
-    to: str
+    form: Form
     aim: Aim
     weights: SiteWeights | None
     folded: bool = False  # a LoRA becomes one of scaling 1
 
     @property
-    def target(self) -> Variant:
-        return cast(Variant, plugins.load("adapters", self.to))
+    def to(self) -> str:
+        return self.form.variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +62,13 @@ def convert_site(how: Conversion, site: Site) -> Converted:
         return Converted(site, True, {"energy": 1.0, "relative_error": 0.0})
     found = _as_lora(how, site, w)
     seen = _as_matrix(how, site)
-    made = kept(seen, found.a, found.b) if how.to == "lora" else _from_lora(how, seen, w, found)
-    metrics = _metrics(found.a.shape[-2], found.error2, found.norm2, found.weight2)
-    return Converted(made, found.exact, metrics)
+    if how.to == "lora":
+        made, error2, exact = kept(seen, found.a, found.b), found.error2, found.exact
+    else:
+        made, more = _from_lora(how, seen, w, found)
+        error2, exact = found.error2 + more, found.exact and not more
+    metrics = _metrics(made.config.rank, error2, found.norm2, found.weight2)
+    return Converted(made, exact, metrics)
 
 
 def _is_wanted(how: Conversion, site: Site) -> bool:
@@ -145,26 +147,26 @@ def _as_matrix(how: Conversion, site: Site) -> Site:
     return replace(site, layout="linear", kernel=how.weights.kernel(site))
 
 
-def _from_lora(how: Conversion, site: Site, w: Array | None, found: _AsLora) -> Site:
-    target, a, b = how.target, found.a, found.b
-    if w is None and not target.LINEAR_IN_W:
+def _from_lora(how: Conversion, site: Site, w: Array | None, found: _AsLora) -> tuple[Site, float]:
+    """The site, and ||B A - what it does||²."""
+    a, b = found.a, found.b
+    if w is None and (how.form.bound or not how.form.module.LINEAR_IN_W):
         raise needs_base(site.config.variant, how.to)
     if a.ndim == 3:
         raise MatchError(
             f"{how.adapter.path}: {name_of(site)} is a stack of experts, which {how.to} has no form "
             "for. Convert to lora, or leave it out."
         )
+    form = how.form
+    if form.bound and how.weights:
+        form = form.with_extra(base=how.weights.digest(site))
     base = nothing((len(b), a.shape[1])) if w is None else w
-    factors = target.from_lora(base, a, b)
-    if factors is None:
+    held: Held | None = exactly(form, base, (a, b))
+    if held is None and not site.kernel:
+        held = nearest_of(form, base, b @ a, (a, b))
+    if held is None:
         raise MatchError(
             f"{how.adapter.path}: no factors of {how.to} make the change of {name_of(site)}. "
             "lorasurgery convert --explain shows what can become what."
         )
-    held = {name: np.ascontiguousarray(f, np.float32) for name, f in factors.items()}
-    infos = {name: TensorInfo(name, "F32", f.shape) for name, f in held.items()}
-    sides = (None, None) if {"A", "B"} <= held.keys() else (len(b), a.shape[1])
-    config = AdapterConfig(how.to, len(a), float(len(a)))
-    return replace(
-        site, config=config, factors=infos, load=lambda: held, sides=sides,
-    )  # fmt: skip
+    return held.at(site, (len(b), a.shape[1])), held.error2

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Site
-from lorasurgery.errors import UsageError
+from lorasurgery.adapter import Adapter, Site
+from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.model import open_model
 from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.operations._convert_site import Conversion, Converted, convert_site
+from lorasurgery.operations._into import Chosen
 from lorasurgery.operations._made import each, kept, name_of, nbytes, usable, with_sites
+from lorasurgery.operations._mixture import Mixture, routed, unrouted
 from lorasurgery.operations._nearest import Aim, check_rank, total
-from lorasurgery.operations._site_weights import site_weights
+from lorasurgery.operations._site_weights import SiteWeights, site_weights
 from lorasurgery.operations._svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class ConvertOptions:
     to: str = "lora"
     base: Path | None = None
     aim: Aim = field(default_factory=Aim)
+    mixture: Mixture = field(default_factory=Mixture)
+    chosen: Chosen = field(default_factory=Chosen)
     folded: bool = False
     uniform: bool = False
     allowed_ranks: tuple[int, ...] = ()
@@ -39,6 +44,7 @@ class ConvertOptions:
         """Raises UnknownNameError, UsageError or ValueRangeError."""
         plugins.load("adapters", self.to)
         self.aim.check()
+        self.mixture.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
         if self.padded and self.to != "lora":
@@ -76,36 +82,87 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     adapter = open_adapter(path)
     inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
     check_ready(output, inputs, how)
-    notes = usable(adapter, options.allowed)
-    weights = None
-    if options.base:
-        model = open_model(options.base)
-        weights = site_weights(model, adapter)
-        adapter = replace(adapter, base_config=model.config)
-    folded = options.folded or options.padded
-    work = Conversion(adapter, options.to, options.capped, weights, folded)
-    found = each(adapter.sites, lambda site: convert_site(work, site), how)
-    sites = (
-        _with_ranks([c.site for c in found], options) if options.padded else [c.site for c in found]
-    )
-    results = tuple(
-        _result(before, c, site)
-        for before, c, site in zip(adapter.sites, found, sites, strict=True)
-    )
-    exact = sum(c.exact for c in found)
+    notes = list(usable(adapter, options.allowed))
+    parts = {".": adapter}
+    if options.to not in {s.config.variant for s in adapter.sites if routed(s)}:
+        parts = unrouted(adapter, options.mixture)
+    fixed = {name_of(s) for s in adapter.sites if routed(s)} if "." in parts else set[str]()
+    made = {folder: _convert(part, options, how) for folder, part in parts.items()}
+    pairs = [(folder, pair) for folder, (_, of) in made.items() for pair in of]
+    results = tuple(_result(folder, before, c, fixed) for folder, (before, c) in pairs)
+    if some := [r for r in results if "mixture_error" in r.metrics]:
+        notes.append(
+            f"in {len(some)} modules fixed gates stand for the router, whose error only text would show: "
+            "exact where the gates do not depend on the token."
+        )
+    known = [r for r in results if "mixture_error" not in r.metrics]
+    counts = {
+        "modules": len(results),
+        "exact_modules": sum(r.metrics["exact_form"] for r in results),
+    }
+    written = {folder: part for folder, (part, _) in made.items()}
     outcome = Outcome(
-        "convert", with_sites(adapter, sites), inputs, options.settings, results,
-        {"modules": len(found), "exact_modules": exact, **total(results)}, notes, started,
+        "convert", next(iter(written.values())), inputs, options.settings, results,
+        {**counts, **(total(known) if known else {})}, tuple(notes), started,
+        written,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
 
 
-def _result(before: Site, converted: Converted, site: Site) -> Result:
-    metrics = {
-        "exact_form": float(converted.exact), "rank_before": float(before.config.rank),
-        **converted.metrics, "rank": float(site.config.rank), "bytes": float(nbytes(site)),
+def _convert(
+    adapter: Adapter, options: ConvertOptions, how: RunOptions
+) -> tuple[Adapter, list[tuple[Site, Converted]]]:
+    """The adapter that is written, and what each of its sites was."""
+    weights = None
+    if options.base:
+        model = open_model(options.base)
+        weights = site_weights(model, adapter)
+        adapter = replace(_present(completed(model, adapter), weights), base_config=model.config)
+    folded = options.folded or options.padded
+    chosen = replace(options.chosen, rank=options.aim.rank)
+    form = chosen.form(options.to, _widest(adapter.sites))
+    work = Conversion(adapter, form, options.capped, weights, folded)
+    found = each(adapter.sites, lambda site: convert_site(work, site), how)
+    sites = [c.site for c in found]
+    sites = _with_ranks(sites, options) if options.padded else sites
+    pairs = [
+        (before, replace(c, site=site))
+        for before, c, site in zip(adapter.sites, found, sites, strict=True)
+    ]
+    return with_sites(adapter, sites), pairs
+
+
+def _present(adapter: Adapter, weights: SiteWeights) -> Adapter:
+    """Without what does nothing to this base. Raises MatchError for a bias, which others have no form for."""
+    sites = tuple(site for site in adapter.sites if weights.has(site))
+    if some := next((site for site in sites if site.parameter == "bias"), None):
+        raise MatchError(
+            f"{adapter.path}: {name_of(some)} is scaled with its weight, which no factors of others do. "
+            "Merge it."
+        )
+    return replace(adapter, sites=sites)
+
+
+def _widest(sites: Sequence[Site]) -> tuple[int, int]:
+    """The most outputs and inputs that any weight has, as far as the factors tell."""
+    sizes = [site.size for site in sites]
+    return max((out or 0 for out, _ in sizes), default=0), max(
+        (i or 0 for _, i in sizes), default=0
+    )
+
+
+def _result(folder: str, before: Site, converted: Converted, fixed: Collection[str]) -> Result:
+    site, metrics = converted.site, dict(converted.metrics)
+    name, exact = name_of(site), converted.exact
+    if name in fixed:  # what was cut off is of the mixture; the router's part is not known
+        exact, cut = False, metrics["relative_error"]
+        lost = ("relative_error", "weight_error", "energy", "error2", "norm2")
+        metrics = {k: v for k, v in metrics.items() if k not in lost} | {"mixture_error": cut}
+    shown = {
+        "exact_form": float(exact), "rank_before": float(before.config.rank), **metrics,
+        "rank": float(site.config.rank), "bytes": float(nbytes(site)),
     }  # fmt: skip
-    return Result(name_of(site), metrics, {}, {})
+    return Result(name if folder == "." else f"{folder}/{name}", shown, {}, {})
 
 
 def _with_ranks(sites: Sequence[Site], options: ConvertOptions) -> list[Site]:
