@@ -20,7 +20,7 @@ from lorasurgery.cli._sizes import ranks, shares
 from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorasurgery.operations._lattice import Way
+    from lorasurgery.operations.algebra.lattice import Way
 
 Mixing = Literal["mean", "top", "experts"]
 
@@ -99,11 +99,11 @@ def command(
         lorasurgery convert my-dora --base org/model -o my-lora --to lora --rank 32
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._adapter_output import AdapterFormat
-    from lorasurgery.operations._into import Chosen
-    from lorasurgery.operations._lattice import lattice
-    from lorasurgery.operations._mixture import Mixture
-    from lorasurgery.operations._nearest import Aim
+    from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.into import Chosen
+    from lorasurgery.operations.algebra.lattice import lattice
+    from lorasurgery.operations.algebra.mixture import Mixture
+    from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
     from lorasurgery.tensors import DTYPE_NAMES
