@@ -214,6 +214,15 @@ def test_explain_asks_every_variant() -> None:
         "to_lora": "nearest of rank k, of the base", "from_lora": "exact, of the base",
     }  # fmt: skip
     assert found["loha"] == {"to_lora": "exact at rank r²", "from_lora": "exact"}
+    assert found["moral"] == {
+        "to_lora": "static mixture at rank N r, or an expert (--mixture)", "from_lora": "exact",
+    }  # fmt: skip
+    assert found["vera"] == {"to_lora": "exact", "from_lora": "nearest"}
+    assert found["lokr"]["from_lora"] == "nearest"
+    assert found["delta_lora"] == {
+        "to_lora": "exact at rank 2r", "from_lora": "exact, of the base",
+    }  # fmt: skip
+    assert found["ia3"]["from_lora"] == "no factors do"
     code, stdout, _ = cli("convert", "--explain")
     assert code == 0
     assert stdout.splitlines()[-1] == "One variant becomes another by way of lora."

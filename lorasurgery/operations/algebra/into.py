@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cache
 from typing import cast
 
@@ -16,6 +17,8 @@ from lorasurgery.errors import UsageError
 from lorasurgery.operations.algebra.subspace import square
 from lorasurgery.tensors import TensorInfo
 
+# of what a variant is asked with: large enough for a product of rank r² to be of low rank
+_OUT, _IN, _RANK = 96, 80, 3
 _PROJECTIONS = 256  # VeRA's rank, where nobody says another
 
 
@@ -40,6 +43,28 @@ class Form:
         return replace(self, extra={**self.extra, **more})
 
 
+class Takes(Enum):
+    """What a variant makes of a LoRA."""
+
+    EXACTLY, NEARLY, NOTHING = "exact", "nearest", "no factors do"
+
+
+def takes(variant: str) -> Takes:
+    """Asked with a small one that is made up for it."""
+    rng, form = np.random.default_rng(0), Form(variant, _RANK)
+    w, a, b = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((_OUT, _IN), (_RANK, _IN), (_OUT, _RANK))
+    )
+    if exactly(form, w, (a, b)) is not None:
+        return Takes.EXACTLY
+    found = nearest_of(form, w, b @ a, (a, b))
+    if found is None:
+        return Takes.NOTHING
+    # what a router adds up is what all of its experts are
+    return Takes.NEARLY if found.error2 > 1e-6 * square(b @ a) else Takes.EXACTLY
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """Factors, their config, and ||ΔW - what they do||²."""
@@ -61,7 +86,7 @@ class Held:
 def exactly(form: Form, w: Array, lora: tuple[Array, Array]) -> Held | None:
     """Factors that change W by B A; None if none do."""
     factors = form.module.from_lora(w, *lora)
-    return None if factors is None else _held(form, factors, len(lora[0]), 0.0)
+    return None if factors is None else _held(form, factors, len(lora[0]))
 
 
 def nearest_of(form: Form, w: Array, delta: Array, lora: tuple[Array, Array]) -> Held | None:
@@ -69,7 +94,7 @@ def nearest_of(form: Form, w: Array, delta: Array, lora: tuple[Array, Array]) ->
     rank = form.rank or len(lora[0])
     config = AdapterConfig(form.variant, rank, float(rank), extra=form.extra)
     factors = form.module.from_delta(w, delta, lora, config)
-    held = exactly(form, w, lora) if factors is None else _held(form, factors, rank, 0.0)
+    held = exactly(form, w, lora) if factors is None else _held(form, factors, rank)
     if held is None:
         return None
     # what a router does is what each of its experts does, which are the LoRA
@@ -78,9 +103,11 @@ def nearest_of(form: Form, w: Array, delta: Array, lora: tuple[Array, Array]) ->
     return replace(held, error2=square(delta - done))
 
 
-def _held(form: Form, factors: Mapping[str, Array], rank: int, error2: float) -> Held:
+def _held(form: Form, factors: Mapping[str, Array], rank: int) -> Held:
     held = {name: np.ascontiguousarray(f, np.float32) for name, f in factors.items()}
-    return Held(held, AdapterConfig(form.variant, rank, float(rank), extra=form.extra), error2)
+    # the factors are those of the widest module that is left
+    extra = {k: v for k, v in form.extra.items() if k != "projections"}
+    return Held(held, AdapterConfig(form.variant, rank, float(rank), extra=extra), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
