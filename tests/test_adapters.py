@@ -57,6 +57,17 @@ def test_low_rank_form_is_the_delta(case):
         torch.testing.assert_close(b @ a, variant.delta(w, factors, config), atol=1e-6, rtol=1e-5)
 
 
+def test_low_rank_form_on_a_weight_is_the_delta(case):
+    variant, w, factors, config = case
+    if (low_rank_on := getattr(variant, "low_rank_on", None)) is None:
+        return
+    wanted = variant.delta(w, factors, config)
+    arrays = {name: f.numpy() for name, f in factors.items()}
+    for a, b in (low_rank_on(w, factors, config), low_rank_on(w.numpy(), arrays, config)):
+        assert a.shape == (2 * config.rank, w.shape[1])
+        np.testing.assert_allclose(np.asarray(b @ a), wanted.numpy(), atol=1e-5)
+
+
 def test_arrays_and_tensors_give_the_same(case):
     variant, w, factors, config = case
     arrays = {name: factor.numpy() for name, factor in factors.items()}

@@ -6,8 +6,9 @@ start is made of the base again, as PEFT makes it when it loads them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,6 +68,14 @@ def low_rank(
 ) -> tuple[A, A] | None:
     """The change is made of W."""
     return None
+
+
+def low_rank_on(w: A, factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:
+    """A and B of rank 2 r with delta = B A, once W is known."""
+    q, r = _first(w, config.rank)
+    # numpy's concatenate, or torch's
+    join: Any = sys.modules[type(w).__module__].concatenate
+    return join([factors["A"], r]), config.scaling * join([factors["B"], -q], -1)
 
 
 def _first(w: A, rank: int) -> tuple[A, A]:

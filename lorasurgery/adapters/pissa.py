@@ -6,8 +6,9 @@ start is made of the base again, as PEFT makes it when it loads them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,6 +69,16 @@ def low_rank(
 ) -> tuple[A, A] | None:
     """The change is made of W."""
     return None
+
+
+def low_rank_on(w: A, factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:
+    """A and B of rank 2 r with delta = B A, once W is known."""
+    u, s, v = _largest(w, config.rank)
+    root = s**0.5
+    # numpy's concatenate, or torch's
+    join: Any = sys.modules[type(w).__module__].concatenate
+    left = [config.scaling * factors["B"], -u * root]
+    return join([factors["A"], root[:, None] * v]), join(left, -1)
 
 
 def _largest(w: A, rank: int) -> tuple[A, A, A]:

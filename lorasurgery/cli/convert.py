@@ -64,6 +64,18 @@ def command(
             help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each.",
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init", metavar="DIR", help="A PiSSA, OLoRA, CorDA as it was before training."
+        ),
+    ] = None,
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            "--residual", metavar="DIR", help="The model left of the base, which training saw."
+        ),
+    ] = None,
     gates: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +116,7 @@ def command(
     from lorasurgery.operations.algebra.lattice import lattice
     from lorasurgery.operations.algebra.mixture import Mixture
     from lorasurgery.operations.algebra.nearest import Aim
+    from lorasurgery.operations.algebra.started import Start
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
     from lorasurgery.tensors import DTYPE_NAMES
@@ -117,7 +130,17 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        given = (rank, energy, bake_scale, uniform_rank, ranks_allowed, mixture, gates, experts)
+        given = (
+            rank,
+            energy,
+            bake_scale,
+            uniform_rank,
+            ranks_allowed,
+            mixture,
+            gates,
+            experts,
+            init,
+        )
         if writing.dialect or any(given):
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
@@ -134,6 +157,7 @@ def command(
         mixture=Mixture(
             mixture, None if gates in (None, "uniform") else shares(gates), gates == "uniform"
         ),
+        start=Start(resolve(init) if init else None, resolve(residual) if residual else None),
         chosen=Chosen(experts=experts, top_k=top_k, seed=seed),
         folded=bake_scale,
         uniform=uniform_rank,

@@ -24,6 +24,7 @@ from lorasurgery.operations.algebra.made import each, kept, name_of, nbytes, usa
 from lorasurgery.operations.algebra.mixture import Mixture, routed, unrouted
 from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
 from lorasurgery.operations.algebra.site_weights import SiteWeights, site_weights
+from lorasurgery.operations.algebra.started import Start
 from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
@@ -39,6 +40,7 @@ class ConvertOptions:
     aim: Aim = field(default_factory=Aim)
     mixture: Mixture = field(default_factory=Mixture)
     chosen: Chosen = field(default_factory=Chosen)
+    start: Start = field(default_factory=Start)
     folded: bool = False
     uniform: bool = False
     allowed_ranks: tuple[int, ...] = ()
@@ -50,6 +52,7 @@ class ConvertOptions:
         plugins.load("adapters", self.to)
         self.aim.check()
         self.mixture.check()
+        self.start.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
         if self.padded and self.to != "lora":
@@ -84,8 +87,9 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     """
     started = time.perf_counter()
     options.check()
-    adapter = open_adapter(path)
+    adapter = options.start.open(path) if options.start else open_adapter(path)
     inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
+    inputs |= options.start.inputs
     check_ready(output, inputs, how)
     notes = list(usable(adapter, options.allowed))
     parts = {".": adapter}
@@ -126,7 +130,15 @@ def _convert(
     folded = options.folded or options.padded
     chosen = replace(options.chosen, rank=options.aim.rank)
     form = chosen.form(options.to, _widest(adapter.sites))
-    work = Conversion(adapter, form, options.capped, weights, folded)
+    residual = options.start.residual
+    if (
+        residual and weights
+    ):  # the change of the base is that of the residual, and what W lost to it
+        left = site_weights(open_model(residual), adapter)
+        adapter = replace(adapter, base=str(options.base))
+        work = Conversion(adapter, form, options.capped, weights, folded, left)
+    else:
+        work = Conversion(adapter, form, options.capped, weights, folded)
     found = each(adapter.sites, lambda site: convert_site(work, site), how)
     sites = [c.site for c in found]
     sites = _with_ranks(sites, options) if options.padded else sites

@@ -84,7 +84,9 @@ def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOption
     notes = usable(adapter, options.allowed)
     spectra = each(adapter.sites, lambda site: _spectrum(adapter, site), how)
     if options.base:
-        spectra = _relative(spectra, open_model(options.base), adapter)
+        model = open_model(options.base)
+        spectra = _relative(spectra, model, adapter)
+        adapter = replace(adapter, base_config=model.config)
     ranks = _plan(spectra, options)
     made = [
         (_cut(adapter, site, spectrum, rank), _result(spectrum, rank, options))

@@ -30,6 +30,7 @@ class Conversion:
     aim: Aim
     weights: SiteWeights | None
     folded: bool = False  # a LoRA becomes one of scaling 1
+    residual: SiteWeights | None = None  # what the factors are added to, where it is not W
 
     @property
     def to(self) -> str:
@@ -74,7 +75,7 @@ def convert_site(how: Conversion, site: Site) -> Converted:
 def _is_wanted(how: Conversion, site: Site) -> bool:
     """Whether nothing is asked of it but what it is."""
     asked = how.folded or how.aim.rank is not None or how.aim.energy is not None
-    return site.config.variant == how.to and not asked
+    return site.config.variant == how.to and not asked and how.residual is None
 
 
 def _metrics(rank: int, error2: float, norm2: float, w2: float | None) -> dict[str, float]:
@@ -85,6 +86,11 @@ def _metrics(rank: int, error2: float, norm2: float, w2: float | None) -> dict[s
 
 def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
     form = pair(site)
+    if form is not None and how.residual is not None:
+        assert w is not None, site
+        return _beside(how, site, w, form)
+    if form is None and w is not None:
+        form = _on(site, w)
     if form is not None:
         check_finite(how.adapter, site, *form)
         return _cut(form, how.aim, None if w is None else square(w + form[1] @ form[0]))
@@ -100,6 +106,27 @@ def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
     a, b, error2, norm2 = nearest(delta, how.aim)
     weight2 = None if w is None else square(w + delta)
     return _AsLora(a, b, error2, norm2, exact=False, weight2=weight2)
+
+
+def _on(site: Site, w: Array) -> tuple[Array, Array] | None:
+    """The factors of a change that is low-rank once W is known, where the variant has such a form."""
+    low_rank_on = getattr(variant_of(site), "low_rank_on", None)
+    if low_rank_on is None or w.ndim != 2:
+        return None
+    found: tuple[Array, Array] = low_rank_on(w, site.load(), site.config)
+    return found
+
+
+def _beside(how: Conversion, site: Site, w: Array, form: tuple[Array, Array]) -> _AsLora:
+    """What turns W into the residual with B A on it: where a start of rank r was moved, of rank 2 r."""
+    assert how.residual is not None, site
+    merged = how.residual.read(site) + form[1] @ form[0]
+    delta = merged - w
+    check_finite(how.adapter, site, delta)
+    asked = how.aim.rank is not None or how.aim.energy is not None
+    aim = how.aim if asked else replace(how.aim, rank=2 * form[0].shape[-2])
+    a, b, error2, norm2 = nearest(delta, aim)
+    return _AsLora(a, b, error2, norm2, exact=False, weight2=square(merged))
 
 
 def needs_base(variant: str, to: str) -> UsageError:

@@ -35,6 +35,8 @@ def _way(name: str) -> Way:
     base = "" if variant.LINEAR_IN_W else ", of the base"
     rank = _low_rank(name, variant)
     nearest = f"nearest of rank k{base}"
+    if hasattr(variant, "low_rank_on"):
+        nearest = f"exact at rank 2r{base}, or with --init"
     if getattr(variant, "ROUTED", False):
         nearest = "static mixture at rank N r, or an expert (--mixture)"
     return Way(
