@@ -16,6 +16,7 @@ from lorasurgery.adapters import lora
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from lorasurgery.adapter import Base
     from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
@@ -52,10 +53,20 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:  # noqa: 
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
     """X (W + ΔW)ᵀ: x [..., in] -> [..., out]; the λ parts have no gradient, as the paper's W has none."""
+    return x @ w.T + detour(x, factors, config)
+
+
+def detour(
+    x: Tensor,
+    factors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    base: Base | None = None,  # noqa: ARG001 - free of W
+) -> Tensor:
+    """X ΔWᵀ: x [..., in] -> [..., out]."""
     s, strong = config.scaling, strength(config)
     branch = s * (x @ factors["A"].T) @ factors["B"].T
     past = s * (x @ factors["A0"].T) @ factors["B0"].T
-    return x @ w.T + branch + strong * (branch - past).detach()
+    return branch + strong * (branch - past).detach()
 
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W

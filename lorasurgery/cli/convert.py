@@ -29,7 +29,10 @@ def command(
     adapter: Annotated[
         str | None, typer.Argument(help="An adapter: directory, file or hub id.")
     ] = None,
-    to: Annotated[str, typer.Option("--to", metavar="VARIANT", help="What it becomes.")] = "lora",
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="VARIANT", help="What it becomes. [default: lora]"),
+    ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -85,9 +88,6 @@ def command(
             help="The mean gates, or uniform.",
         ),
     ] = None,
-    experts: Annotated[
-        int | None, typer.Option("--experts", min=1, help="--to moral: of so many, all alike.")
-    ] = None,
     top_k: Annotated[
         int | None,
         typer.Option("--top-k", min=1, show_default="2", help="--to moral: chosen for a token."),
@@ -95,6 +95,22 @@ def command(
     seed: Annotated[
         int | None,
         typer.Option("--seed", show_default="0", help="Of VeRA's projections, MoRAL's router."),
+    ] = None,
+    projections: Annotated[
+        str | None,
+        typer.Option(
+            "--projections",
+            metavar="split|fused",
+            help="qkv as q, k, v and gate_up as gate, up, or together; no --to keeps the variant.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            metavar="single|stacked|N",
+            help="A module an expert, or transformers 5's stacks; --to moral: of N, all alike.",
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what can become what, and how exactly.")
@@ -119,6 +135,7 @@ def command(
     from lorasurgery.operations.algebra.started import Start
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
+    from lorasurgery.operations.layouts.layout import Layout
     from lorasurgery.tensors import DTYPE_NAMES
 
     if explain:
@@ -130,18 +147,8 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        given = (
-            rank,
-            energy,
-            bake_scale,
-            uniform_rank,
-            ranks_allowed,
-            mixture,
-            gates,
-            experts,
-            init,
-        )
-        if writing.dialect or any(given):
+        given = (rank, energy, bake_scale, uniform_rank, ranks_allowed, projections, experts)
+        if writing.dialect or any((*given, mixture, gates, init, residual)):
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -150,15 +157,18 @@ def command(
             lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
         )
         return
+    many = int(experts) if experts and experts.isdecimal() else None
+    layout = Layout(projections, experts if many is None else None)
     options = ConvertOptions(
-        to=to,
+        to=to or ("" if layout.asked else "lora"),
+        layout=layout,
         base=resolve(base) if base else None,
         aim=Aim(rank, energy, exact),
         mixture=Mixture(
             mixture, None if gates in (None, "uniform") else shares(gates), gates == "uniform"
         ),
         start=Start(resolve(init) if init else None, resolve(residual) if residual else None),
-        chosen=Chosen(experts=experts, top_k=top_k, seed=seed),
+        chosen=Chosen(experts=many, top_k=top_k, seed=seed),
         folded=bake_scale,
         uniform=uniform_rank,
         allowed_ranks=ranks(ranks_allowed),

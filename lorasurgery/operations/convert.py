@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Site
-from lorasurgery.errors import MatchError, UsageError
-from lorasurgery.model import open_model
+from lorasurgery.errors import UsageError
+from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
@@ -18,14 +18,25 @@ from lorasurgery.operations.algebra.adapter_output import (
     check_ready,
     publish,
 )
+from lorasurgery.operations.algebra.bias_sites import biases_added
 from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
-from lorasurgery.operations.algebra.into import Chosen
-from lorasurgery.operations.algebra.made import each, kept, name_of, nbytes, usable, with_sites
+from lorasurgery.operations.algebra.into import Chosen, Form
+from lorasurgery.operations.algebra.made import (
+    each,
+    kept,
+    name_of,
+    nbytes,
+    usable,
+    variant_of,
+    with_sites,
+)
 from lorasurgery.operations.algebra.mixture import Mixture, routed, unrouted
 from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
 from lorasurgery.operations.algebra.site_weights import SiteWeights, site_weights
 from lorasurgery.operations.algebra.started import Start
 from lorasurgery.operations.algebra.svd import padded
+from lorasurgery.operations.layouts.layout import Layout
+from lorasurgery.operations.layouts.relaid import Relaid
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 from lorasurgery.targets import completed
@@ -33,9 +44,13 @@ from lorasurgery.targets import completed
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """`folded`: alpha = rank, the scale in B; `uniform`: one rank for all modules, zeros where it was less."""
+    """`folded`: alpha = rank, the scale in B; `uniform`: one rank for all modules, zeros where it was less.
+
+    `to`: "" keeps each module's variant, where a layout is all that is asked for.
+    """
 
     to: str = "lora"
+    layout: Layout = field(default_factory=Layout)
     base: Path | None = None
     aim: Aim = field(default_factory=Aim)
     mixture: Mixture = field(default_factory=Mixture)
@@ -49,15 +64,18 @@ class ConvertOptions:
 
     def check(self) -> None:
         """Raises UnknownNameError, UsageError or ValueRangeError."""
-        plugins.load("adapters", self.to)
+        if self.to or not self.layout.asked:
+            plugins.load("adapters", self.to)
         self.aim.check()
         self.mixture.check()
         self.start.check()
+        self.layout.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
         if self.padded and self.to != "lora":
             raise UsageError(
-                f"--to {self.to}: --uniform-rank and --ranks-allowed are of LoRA. Take them away."
+                f"--to {self.to or 'VARIANT'}: --uniform-rank and --ranks-allowed are of LoRA. "
+                + ("Take them away." if self.to else "Pass --to lora.")
             )
 
     @property
@@ -76,7 +94,7 @@ class ConvertOptions:
     def settings(self) -> dict[str, object]:
         return {
             "to": self.to, **self.aim.settings, "bake_scale": self.folded, "uniform_rank": self.uniform,
-            "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype,
+            "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype, **self.layout.settings,
         }  # fmt: skip
 
 
@@ -92,72 +110,100 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     inputs |= options.start.inputs
     check_ready(output, inputs, how)
     notes = list(usable(adapter, options.allowed))
+    model = open_model(options.base) if options.base else None
+    if model is not None:
+        adapter = replace(completed(model, adapter), base_config=model.config)
     parts = {".": adapter}
-    if options.to not in {s.config.variant for s in adapter.sites if routed(s)}:
+    if options.to and options.to not in {s.config.variant for s in adapter.sites if routed(s)}:
         parts = unrouted(adapter, options.mixture)
-    fixed = {name_of(s) for s in adapter.sites if routed(s)} if "." in parts else set[str]()
-    made = {folder: _convert(part, options, how) for folder, part in parts.items()}
-    pairs = [(folder, pair) for folder, (_, of) in made.items() for pair in of]
-    results = tuple(_result(folder, before, c, fixed) for folder, (before, c) in pairs)
-    if some := [r for r in results if "mixture_error" in r.metrics]:
+    made = {folder: _made(part, model, options, how) for folder, part in parts.items()}
+    shown = tuple(replace(r, name=_under(f, r)) for f, part in made.items() for r in part.shown)
+    results = [result for part in made.values() for result in part.results]
+    notes += [note for part in made.values() for note in part.notes]
+    fixed = (
+        {name_of(s) for s in adapter.sites if routed(s)} if options.mixture.fixed else set[str]()
+    )
+    if fixed:
+        shown, results = tuple(_of_mixture(shown, fixed)), _without(results, fixed)
         notes.append(
-            f"in {len(some)} modules fixed gates stand for the router, whose error only text would show: "
+            f"in {len(fixed)} modules fixed gates stand for the router, whose error only text would show: "
             "exact where the gates do not depend on the token."
         )
-    known = [r for r in results if "mixture_error" not in r.metrics]
-    counts = {
-        "modules": len(results),
-        "exact_modules": sum(r.metrics["exact_form"] for r in results),
-    }
-    written = {folder: part for folder, (part, _) in made.items()}
+    exact = sum(int(r.metrics["exact_form"]) for r in shown)
+    written = {folder: part.adapter for folder, part in made.items()}
     outcome = Outcome(
-        "convert", next(iter(written.values())), inputs, options.settings, results,
-        {**counts, **(total(known) if known else {})}, tuple(notes), started,
-        written,
+        "convert", next(iter(written.values())), inputs, options.settings, shown,
+        {"modules": len(shown), "exact_modules": exact, **(total(results) if results else {})},
+        tuple(notes), started, written,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
 
 
-def _convert(
-    adapter: Adapter, options: ConvertOptions, how: RunOptions
-) -> tuple[Adapter, list[tuple[Site, Converted]]]:
-    """The adapter that is written, and what each of its sites was."""
-    weights = None
-    if options.base:
-        model = open_model(options.base)
-        weights = site_weights(model, adapter)
-        adapter = replace(_present(completed(model, adapter), weights), base_config=model.config)
-    folded = options.folded or options.padded
-    chosen = replace(options.chosen, rank=options.aim.rank)
-    form = chosen.form(options.to, _widest(adapter.sites))
-    residual = options.start.residual
-    if (
-        residual and weights
-    ):  # the change of the base is that of the residual, and what W lost to it
-        left = site_weights(open_model(residual), adapter)
-        adapter = replace(adapter, base=str(options.base))
-        work = Conversion(adapter, form, options.capped, weights, folded, left)
-    else:
-        work = Conversion(adapter, form, options.capped, weights, folded)
-    found = each(adapter.sites, lambda site: convert_site(work, site), how)
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """An adapter that is written, its rows of the report, and those in which losses were measured."""
+
+    adapter: Adapter
+    shown: tuple[Result, ...]
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+
+
+def _made(adapter: Adapter, model: Model | None, options: ConvertOptions, how: RunOptions) -> _Made:
+    relaid = options.layout.before(adapter, model)
+    made, results = _converted(relaid, model, options, how)
+    last = options.layout.after(made, model)
+    shown = results
+    if len(last.adapter.sites) != len(results):
+        pairs = zip(last.origins, last.adapter.sites, strict=True)
+        by = {id(site): result for site, result in zip(made.sites, results, strict=True)}
+        shown = tuple(_of_part(by[id(old)], new) for old, new in pairs)
+    return _Made(biases_added(last.adapter), shown, results, (*relaid.notes, *last.notes))
+
+
+def _converted(
+    relaid: Relaid, model: Model | None, options: ConvertOptions, how: RunOptions
+) -> tuple[Adapter, tuple[Result, ...]]:
+    """Every site as the wanted variant and rank, and a row of the report for it."""
+    adapter = relaid.adapter
+    kept_as_it_is = (
+        options.layout.asked
+        and options.to in ("", "lora")
+        and all(
+            variant_of(site).LINEAR_IN_W or site.config.variant == options.to or not options.to
+            for site in adapter.sites
+        )
+    )
+    weights = None if model is None or kept_as_it_is else site_weights(model, adapter)
+    pairs = list(zip(relaid.origins, adapter.sites, strict=True))
+    if weights is not None:  # what this base has no place for, and need not have, is left out
+        pairs = [(old, site) for old, site in pairs if name_of(site) in weights.shares]
+    work = _conversion(adapter, weights, options)
+
+    def convert_one(site: Site) -> Converted:
+        form = work.form if options.to else Form(site.config.variant)
+        return convert_site(replace(work, form=form), site)
+
+    found = each([site for _, site in pairs], convert_one, how)
     sites = [c.site for c in found]
     sites = _with_ranks(sites, options) if options.padded else sites
-    pairs = [
-        (before, replace(c, site=site))
-        for before, c, site in zip(adapter.sites, found, sites, strict=True)
-    ]
-    return with_sites(adapter, sites), pairs
+    rows = zip(pairs, found, sites, strict=True)
+    made = with_sites(work.adapter, sites)
+    return made, tuple(_result(old, c, site) for (old, _), c, site in rows)
 
 
-def _present(adapter: Adapter, weights: SiteWeights) -> Adapter:
-    """Without what does nothing to this base. Raises MatchError for a bias, which others have no form for."""
-    sites = tuple(site for site in adapter.sites if weights.has(site))
-    if some := next((site for site in sites if site.parameter == "bias"), None):
-        raise MatchError(
-            f"{adapter.path}: {name_of(some)} is scaled with its weight, which no factors of others do. "
-            "Merge it."
-        )
-    return replace(adapter, sites=sites)
+def _conversion(
+    adapter: Adapter, weights: SiteWeights | None, options: ConvertOptions
+) -> Conversion:
+    folded, residual = options.folded or options.padded, options.start.residual
+    chosen = replace(options.chosen, rank=options.aim.rank)
+    form = chosen.form(options.to, _widest(adapter.sites)) if options.to else Form("lora")
+    if residual is None or weights is None:
+        return Conversion(adapter, form, options.capped, weights, folded)
+    # the change of the base is that of the residual, and what W lost to it
+    left = site_weights(open_model(residual), adapter)
+    adapter = replace(adapter, base=str(options.base))
+    return Conversion(adapter, form, options.capped, weights, folded, left)
 
 
 def _widest(sites: Sequence[Site]) -> tuple[int, int]:
@@ -168,18 +214,40 @@ def _widest(sites: Sequence[Site]) -> tuple[int, int]:
     )
 
 
-def _result(folder: str, before: Site, converted: Converted, fixed: Collection[str]) -> Result:
-    site, metrics = converted.site, dict(converted.metrics)
-    name, exact = name_of(site), converted.exact
-    if name in fixed:  # what was cut off is of the mixture; the router's part is not known
-        exact, cut = False, metrics["relative_error"]
-        lost = ("relative_error", "weight_error", "energy", "error2", "norm2")
-        metrics = {k: v for k, v in metrics.items() if k not in lost} | {"mixture_error": cut}
-    shown = {
-        "exact_form": float(exact), "rank_before": float(before.config.rank), **metrics,
-        "rank": float(site.config.rank), "bytes": float(nbytes(site)),
+def _under(folder: str, result: Result) -> str:
+    return result.name if folder == "." else f"{folder}/{result.name}"
+
+
+def _of_mixture(results: Iterable[Result], fixed: Collection[str]) -> Iterator[Result]:
+    """What was cut off is of the mixture; the router's part is not known."""
+    lost = ("relative_error", "weight_error", "energy", "error2", "norm2", "bytes", "exact_form")
+    for result in results:
+        if result.name not in fixed or "relative_error" not in result.metrics:
+            yield result
+            continue
+        of = result.metrics
+        others = {k: v for k, v in of.items() if k not in lost}
+        cut = {"mixture_error": of["relative_error"], "bytes": of["bytes"]}
+        yield replace(result, metrics={"exact_form": 0.0, **others, **cut})
+
+
+def _without(results: Iterable[Result], names: Collection[str]) -> list[Result]:
+    return [result for result in results if result.name not in names]
+
+
+def _of_part(of: Result, site: Site) -> Result:
+    """A part's row: what is lost of the whole is not dealt out."""
+    kept_whole = {k: of.metrics[k] for k in ("exact_form", "rank_before") if k in of.metrics}
+    own = {"rank": float(site.config.rank), "bytes": float(nbytes(site))}
+    return Result(name_of(site), {**kept_whole, **own}, {}, {})
+
+
+def _result(before: Site, converted: Converted, site: Site) -> Result:
+    metrics = {
+        "exact_form": float(converted.exact), "rank_before": float(before.config.rank),
+        **converted.metrics, "rank": float(site.config.rank), "bytes": float(nbytes(site)),
     }  # fmt: skip
-    return Result(name if folder == "." else f"{folder}/{name}", shown, {}, {})
+    return Result(name_of(site), metrics, {}, {})
 
 
 def _with_ranks(sites: Sequence[Site], options: ConvertOptions) -> list[Site]:

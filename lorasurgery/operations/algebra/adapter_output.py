@@ -55,7 +55,7 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
 
     Raises OutputError where it cannot be written, FormatError for what the layout cannot say.
     """
-    name = form.dialect or _layout_for(outcome.adapter)
+    name = form.dialect or layout_for(outcome.adapter)
     dialect = cast(Dialect, plugins.load("dialects", name))
     parts = outcome.parts or {".": outcome.adapter}
     parts = {folder: as_written(part, name, form.dtype) for folder, part in parts.items()}
@@ -94,14 +94,14 @@ def _write(
                 (output.partial / folder).mkdir(exist_ok=True)
                 dialect.write(part, output.partial / folder)
         seconds = time.perf_counter() - outcome.started
-        content = _manifest(outcome, replace(report, seconds=seconds))
+        content = manifest_of(outcome, outcome.adapter, replace(report, seconds=seconds))
         output.commit({MANIFEST: content})
     except BaseException:
         output.abandon()
         raise
 
 
-def _layout_for(adapter: Adapter) -> str:
+def layout_for(adapter: Adapter) -> str:
     """The layout that the input had, or else the first that can hold these variants."""
     wanted = {site.config.variant for site in adapter.sites}
     names = [adapter.dialect, *plugins.names("dialects")]
@@ -140,10 +140,12 @@ def check_variants(adapter: Adapter, name: str, dialect: Dialect) -> None:
         )
 
 
-def _manifest(outcome: Outcome, report: Report) -> bytes:
+def manifest_of(outcome: Outcome, adapter: Adapter, report: Report, plan_id: str = "") -> bytes:
     """surgery.json: as of models, with the base that the adapter is for and the inputs' digests."""
-    content: dict[str, Any] = json.loads(manifest(report, "", outcome.settings, outcome.inputs))
-    content["base"] = outcome.adapter.base
+    content: dict[str, Any] = json.loads(
+        manifest(report, plan_id, outcome.settings, outcome.inputs)
+    )
+    content["base"] = adapter.base
     if not any(result.read for result in outcome.results):
         content["base_fingerprint"] = base_fingerprint(outcome.inputs)
     content["digests"] = {

@@ -33,6 +33,11 @@ class Mixture:
     gates: tuple[float, ...] | None = None
     uniform: bool = False
 
+    @property
+    def fixed(self) -> bool:
+        """Whether gates that do not depend on the token stand for the router."""
+        return self.way in ("mean", "top")
+
     def check(self) -> None:
         """Raises UsageError or ValueRangeError."""
         given = self.uniform or self.gates is not None
