@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from lorasurgery.operations.algebra.made import (
     variant_of,
     with_sites,
 )
-from lorasurgery.operations.algebra.mixture import Mixture, routed, unrouted
+from lorasurgery.operations.algebra.mixture import Mixture, of_mixture, routed, unrouted
 from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
 from lorasurgery.operations.algebra.site_weights import SiteWeights, site_weights
 from lorasurgery.operations.algebra.started import Start
@@ -124,7 +124,10 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
         {name_of(s) for s in adapter.sites if routed(s)} if options.mixture.fixed else set[str]()
     )
     if fixed:
-        shown, results = tuple(_of_mixture(shown, fixed)), _without(results, fixed)
+        shown, results = (
+            tuple(of_mixture(shown, fixed)),
+            [r for r in results if r.name not in fixed],
+        )
         notes.append(
             f"in {len(fixed)} modules fixed gates stand for the router, whose error only text would show: "
             "exact where the gates do not depend on the token."
@@ -216,23 +219,6 @@ def _widest(sites: Sequence[Site]) -> tuple[int, int]:
 
 def _under(folder: str, result: Result) -> str:
     return result.name if folder == "." else f"{folder}/{result.name}"
-
-
-def _of_mixture(results: Iterable[Result], fixed: Collection[str]) -> Iterator[Result]:
-    """What was cut off is of the mixture; the router's part is not known."""
-    lost = ("relative_error", "weight_error", "energy", "error2", "norm2", "bytes", "exact_form")
-    for result in results:
-        if result.name not in fixed or "relative_error" not in result.metrics:
-            yield result
-            continue
-        of = result.metrics
-        others = {k: v for k, v in of.items() if k not in lost}
-        cut = {"mixture_error": of["relative_error"], "bytes": of["bytes"]}
-        yield replace(result, metrics={"exact_form": 0.0, **others, **cut})
-
-
-def _without(results: Iterable[Result], names: Collection[str]) -> list[Result]:
-    return [result for result in results if result.name not in names]
 
 
 def _of_part(of: Result, site: Site) -> Result:

@@ -7,7 +7,7 @@ other two are exact for the tokens that chose just that expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -19,6 +19,7 @@ from lorasurgery.adapters import moral
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError, ValueRangeError
 from lorasurgery.operations.algebra.made import name_of
+from lorasurgery.report import Result
 from lorasurgery.tensors import TensorInfo
 
 Way = Literal["mean", "top", "experts"]
@@ -155,3 +156,16 @@ def _lora(
 ) -> Site:
     infos = {name: TensorInfo(name, "F32", s) for name, s in zip("AB", shapes, strict=True)}
     return replace(site, config=config, factors=infos, load=load, sides=(None, None))
+
+
+def of_mixture(results: Iterable[Result], fixed: Collection[str]) -> Iterator[Result]:
+    """What was cut off is of the mixture; the router's part is not known."""
+    lost = ("relative_error", "weight_error", "energy", "error2", "norm2", "bytes", "exact_form")
+    for result in results:
+        if result.name not in fixed or "relative_error" not in result.metrics:
+            yield result
+            continue
+        of = result.metrics
+        others = {k: v for k, v in of.items() if k not in lost}
+        cut = {"mixture_error": of["relative_error"], "bytes": of["bytes"]}
+        yield replace(result, metrics={"exact_form": 0.0, **others, **cut})
