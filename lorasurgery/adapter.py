@@ -6,18 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasurgery.problems import Problem
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Generator, Tensor
 
-    from lorasurgery.arrays import Array
-
-    A = TypeVar("A", np.ndarray[Any, np.dtype[Any]], Tensor)
+    from lorasurgery.arrays import A, Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +124,8 @@ class Variant(Protocol):
     `detour(x, factors, config, base)`, so that it can be trained beside a base of any kind.
     A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
     row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row, and by its
-    own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW.
+    own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW. `low_rank_on`
+    gives A and B as low_rank does, of a W that has to be known. BOUND says that its factors belong to one base, whose hash a site carries in extra['base'].
     """
 
     @property
@@ -142,6 +140,15 @@ class Variant(Protocol):
 
     def from_lora(self, w: A, a: A, b: A) -> dict[str, A] | None:
         """Factors of this variant, at rank len(a) and scaling 1, that change W by B A; None if none do."""
+        ...
+
+    def from_delta(
+        self, w: A, delta: A, lora: tuple[A, A], config: AdapterConfig
+    ) -> dict[str, A] | None:
+        """The nearest of this variant, with this config at scaling 1, to any ΔW [out, in] of W.
+
+        `lora` is the nearest A and B of a rank; None where `from_lora` of it is as good, or nothing is near.
+        """
         ...
 
     def low_rank(self, factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:

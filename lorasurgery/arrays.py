@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    A = TypeVar("A", np.ndarray[Any, np.dtype[Any]], Tensor)
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,3 +50,13 @@ def to_torch(array: Array) -> Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def alike(one: A, array: Array) -> A:
+    """The array as what `one` is: an array of its dtype, or a tensor on its device."""
+    if isinstance(one, np.ndarray):
+        return array.astype(one.dtype)
+    import torch
+
+    made: A = torch.from_numpy(array).to(one)
+    return made

@@ -112,7 +112,7 @@ def _routed(site: Site) -> Problem | None:
     return Problem(
         next(iter(site.factors.values())).name,
         f"{site.module}: a router chooses among its experts for each token, so no merged weight does "
-        "the same; convert it to a static mixture first",
+        "the same; convert it first, with --mixture mean, top or experts",
     )
 
 

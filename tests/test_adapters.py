@@ -57,6 +57,17 @@ def test_low_rank_form_is_the_delta(case):
         torch.testing.assert_close(b @ a, variant.delta(w, factors, config), atol=1e-6, rtol=1e-5)
 
 
+def test_low_rank_form_on_a_weight_is_the_delta(case):
+    variant, w, factors, config = case
+    if (low_rank_on := getattr(variant, "low_rank_on", None)) is None:
+        return
+    wanted = variant.delta(w, factors, config)
+    arrays = {name: f.numpy() for name, f in factors.items()}
+    for a, b in (low_rank_on(w, factors, config), low_rank_on(w.numpy(), arrays, config)):
+        assert a.shape == (2 * config.rank, w.shape[1])
+        np.testing.assert_allclose(np.asarray(b @ a), wanted.numpy(), atol=1e-5)
+
+
 def test_arrays_and_tensors_give_the_same(case):
     variant, w, factors, config = case
     arrays = {name: factor.numpy() for name, factor in factors.items()}
@@ -86,6 +97,39 @@ def test_what_is_made_of_a_lora_changes_the_weight_as_it_did(case, of):
     got = variant.delta(of(w), factors, config)
     np.testing.assert_allclose(np.asarray(got), (b @ a).numpy(), atol=2e-5)
     assert {k: tuple(v.shape) for k, v in factors.items()} == variant.shapes(10, 6, config)
+
+
+@pytest.mark.parametrize("of", [torch.Tensor.numpy, torch.clone], ids=["numpy", "torch"])
+def test_what_is_made_of_any_change_is_no_farther_from_it_than_what_is_made_of_its_lora(case, of):
+    variant, w, _, _ = case
+    config = AdapterConfig(variant.__name__.rpartition(".")[2], rank=3, alpha=3.0)
+    d = torch.randn(10, 6, generator=torch.Generator().manual_seed(3))
+    u, s, v = torch.linalg.svd(d, full_matrices=False)
+    a, b = v[:3], u[:, :3] * s[:3]
+    factors = variant.from_delta(of(w), of(d), (of(a), of(b)), config)
+    if factors is None:
+        return
+    assert all(type(f) is type(of(w)) for f in factors.values())
+    assert {k: tuple(v.shape) for k, v in factors.items()} == variant.shapes(10, 6, config)
+    error = np.linalg.norm(np.asarray(variant.delta(of(w), factors, config)) - d.numpy())
+    # better than doing nothing; as good as B A, or better, where B A is one of these
+    assert error < 0.999 * d.norm()
+    if variant.from_lora(of(w), of(a), of(b)) is not None:
+        assert error <= (d - b @ a).norm() * (1 + 1e-5)
+
+
+def test_what_is_made_of_a_change_of_its_own_is_that_change(case):
+    variant, w, factors, config = case
+    own = AdapterConfig(config.variant, 3, 3.0)
+    d = variant.delta(w, factors, own)
+    u, s, v = torch.linalg.svd(d, full_matrices=False)
+    made = variant.from_delta(w, d, (v[:3], u[:, :3] * s[:3]), own)
+    if made is None or made.keys() & {
+        "A",
+        "d",
+    }:  # one of rank 3 is not told from W, VeRA's A is not its own
+        return
+    torch.testing.assert_close(variant.delta(w, made, own), d, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_made_row_by_row_is_made_of_those_rows_alone(case):

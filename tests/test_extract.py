@@ -12,6 +12,9 @@ from algebra import cli, deltas, dense, facts, fails
 from safetensors.torch import load_file, save_file
 from small import HIDDEN, RANK, VOCAB, WIDE, adapter, base, tensors
 
+from lorasurgery import plugins
+from lorasurgery.operations.algebra.into import Takes, takes
+
 
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path, Path]:
@@ -192,3 +195,86 @@ def test_errors(tmp_path: Path) -> None:
         f"lm_head.weight: the difference of {broken} and {old} is nan or infinite. Look for it in both.",
     )
     assert WIDE > HIDDEN
+
+
+EXTRACTED = [
+    n
+    for n in plugins.names("adapters")
+    if takes(n) is not Takes.NOTHING and not hasattr(plugins.load("adapters", n), "ROUTED")
+]
+
+
+@pytest.mark.parametrize("variant", EXTRACTED)
+def test_what_is_extracted_as_a_variant_merges_with_the_stated_error(
+    models, tmp_path: Path, variant: str
+) -> None:
+    """Every variant that is near some change; none is farther than the LoRA where it has one."""
+    old, _, new = models
+    out, again = tmp_path / "out", tmp_path / "again"
+    found = facts("extract", old, new, "-o", out, "--rank", 2, "--exact", "--variant", variant)
+    facts("merge", old, out, "-o", again)
+    held = [load_file(folder / "model.safetensors") for folder in (old, new, again)]
+    off = whole = 0.0
+    for name, w in held[0].items():
+        wanted, got = (held[i][name].double() - w.double() for i in (1, 2))
+        off, whole = (
+            off + float((got - wanted).square().sum()),
+            whole + float(wanted.square().sum()),
+        )
+    stated = found["total"]["relative_error"]
+    assert (off / whole) ** 0.5 == pytest.approx(stated, rel=1e-3, abs=1e-5)
+    plain = facts("extract", old, new, "--dry-run", "--rank", 2, "--exact")["total"]
+    if takes(variant) is Takes.EXACTLY:
+        assert stated <= plain["relative_error"] * (1 + 1e-4)
+    else:
+        assert plain["relative_error"] < stated < 1
+    assert found["total"]["modules"] == 6
+
+
+def test_a_dora_holds_more_of_scaled_rows_than_a_lora(tmp_path: Path) -> None:
+    old, rng = base(tmp_path / "base", torch.float32), torch.Generator().manual_seed(4)
+    held = load_file(old / "model.safetensors")
+    for name in held:
+        if name.endswith("up_proj.weight"):
+            w = held[name]
+            w *= 1 + 0.3 * torch.rand(len(w), 1, generator=rng)
+    (tmp_path / "new").mkdir()
+    save_file(held, tmp_path / "new" / "model.safetensors")
+    (tmp_path / "new" / "config.json").write_text((old / "config.json").read_text())
+    errors = {
+        variant: facts(
+            "extract", old, tmp_path / "new", "--dry-run", "--rank", 2, "--variant", variant
+        )["total"]["relative_error"]
+        for variant in ("lora", "dora", "lora_rowscale")
+    }
+    assert errors["dora"] < 0.5 * errors["lora"]
+    assert errors["lora_rowscale"] < 0.5 * errors["lora"]
+
+
+def test_a_variant_that_is_near_to_nothing_is_refused(models, tmp_path: Path) -> None:
+    old, _, new = models
+    for variant in ("pissa", "oft", "ia3", "moral"):
+        assert fails("extract", old, new, "-o", tmp_path / "out", "--variant", variant) == (
+            1,
+            f"--variant {variant}: has no factors that are near any change. Take lora or another; "
+            "lorasurgery convert --explain shows them.",
+        )
+    assert fails("extract", old, new, "-o", tmp_path / "out", "--variant", "dorra") == (
+        1, "adapters: no 'dorra'. Did you mean 'dora'?",
+    )  # fmt: skip
+
+
+def test_what_another_variant_knows_nothing_of_is_named(tmp_path: Path) -> None:
+    old = base(tmp_path / "base", torch.float32)
+    held = load_file(old / "model.safetensors")
+    held["model.embed_tokens.weight"] += 1
+    held["model.layers.0.mlp.up_proj.weight"] += 1
+    (tmp_path / "new").mkdir()
+    save_file(held, tmp_path / "new" / "model.safetensors")
+    (tmp_path / "new" / "config.json").write_text((old / "config.json").read_text())
+    found = facts("extract", old, tmp_path / "new", "--dry-run", "--variant", "dora")
+    assert list(found["tensors"]) == ["model.layers.0.mlp.up_proj.weight"]
+    assert found["notes"] == [
+        "model.embed_tokens.weight: changed, and is no matrix that is adapted; left out (--save-others "
+        "keeps it whole)."
+    ]

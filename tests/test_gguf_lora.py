@@ -265,8 +265,11 @@ def test_commands_that_are_given_the_base_write_it(tmp_path):
     command(
         ["extract", base, merged, "--rank", small.RANK, "-o", out / "b", "--dialect", "gguf_lora"]
     )
+    given = ["--base", base, "--dialect", "gguf_lora"]
+    command(["prune", source, "--rank", small.RANK, "-o", out / "c", *given])
+    command(["combine", f"{source}:0.25", f"{source}:0.75", "-o", out / "d", *given])
     wanted = {s.module: delta(s) for s in peft.read(source).sites}
-    for found in (gguf_lora.read(out / name) for name in "ab"):
+    for found in (gguf_lora.read(out / name) for name in "abcd"):
         assert {s.module for s in found.sites} >= wanted.keys()
         for site in found.sites:
             if (

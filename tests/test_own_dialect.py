@@ -166,7 +166,7 @@ def test_moral_is_not_merged(tmp_path):
     assert result.exit_code == 1
     assert result.stderr.startswith(
         f"error: {path}: {MODULES[0]}: a router chooses among its experts for each token, so no merged "
-        "weight does the same; convert it to a static mixture first."
+        "weight does the same; convert it first, with --mixture mean, top or experts."
     )
 
 

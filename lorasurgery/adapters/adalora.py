@@ -15,7 +15,8 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A, Base
+    from lorasurgery.adapter import Base
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
 ROWS = ("B",)
@@ -81,6 +82,16 @@ def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     right, lower = linalg.qr(a.T)
     u, e, v = linalg.svd(upper @ lower.T)
     return {"A": v @ right.T, "E": grown * e[:, None], "B": left @ u}
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: what `from_lora` makes of the nearest of rank r."""
+    return None
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:

@@ -15,7 +15,7 @@ from lorasurgery.adapter import AdapterConfig, Variant
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 
@@ -52,6 +52,16 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     """DoRA is that by its own name."""
+    return None
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: the nearest has no closed form."""
     return None
 
 

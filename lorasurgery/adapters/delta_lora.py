@@ -16,10 +16,12 @@ from lorasurgery.adapters import lora
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A, Base
+    from lorasurgery.adapter import Base
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
 ROWS = ("B", "B0")
+BOUND = True  # to one base, whose hash a site has in extra['base']
 
 LAMBDA = 2.0  # of the paper's experiments with E2E
 
@@ -70,6 +72,16 @@ def detour(
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     """With the snapshot just taken, so that λ has moved nothing yet."""
     return {"A": a, "B": b, "A0": a, "B0": b}
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: what `from_lora` makes of the nearest of rank r."""
+    return None
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:

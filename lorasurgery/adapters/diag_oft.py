@@ -17,7 +17,7 @@ from lorasurgery.errors import ShapeError
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 
@@ -64,6 +64,16 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     """A rotation of W is no sum with B A."""
+    return None
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: no rotation of W is near a sum."""
     return None
 
 

@@ -16,8 +16,8 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A, Base
-    from lorasurgery.arrays import Array
+    from lorasurgery.adapter import Base
+    from lorasurgery.arrays import A, Array
 
 # a seed, or None, and the index of the first element
 Chance: TypeAlias = tuple[int | None, int]
@@ -83,6 +83,20 @@ def detour(x: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig, base
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:
     """The magnitudes that W + B A has already."""
     return {"A": a, "B": b, "m": _norm(w + b @ a, -1)}
+
+
+def from_delta(
+    w: A,
+    delta: A,
+    lora: tuple[A, A],
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A]:
+    """Each row of W + ΔW projected onto that of W + B A: never farther from it than the LoRA is."""
+    a, b = lora
+    v = w + b @ a
+    norm = _norm(v, -1)
+    along = ((w + delta) * v).sum(-1)[..., None]
+    return {"A": a, "B": b, "m": along / (norm + (norm == 0))}
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> None:

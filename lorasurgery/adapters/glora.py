@@ -15,7 +15,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 
@@ -60,6 +60,16 @@ def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     """Nothing on W's side."""
     zero = a * 0
     return {"A1": zero.swapaxes(0, 1), "A2": zero, "B1": b, "B2": a}
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: `from_lora` makes one that is as near as a LoRA."""
+    return None
 
 
 def low_rank(

@@ -15,7 +15,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
 
@@ -65,6 +65,16 @@ def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     ones_a, ones_b = a * 0, b * 0
     ones_a[0], ones_b[:, 0] = 1, 1
     return {"B1": b, "A1": a, "B2": ones_b, "A2": ones_a}
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: the nearest has no closed form; `from_lora` makes one that is as near as a LoRA."""
+    return None
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:

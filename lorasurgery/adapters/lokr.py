@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.arrays import alike
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
+
+_ROUNDS = 200  # of a power iteration, unless nothing is gained any more
 
 
 def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -83,6 +87,64 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
 def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     """Only with W₁ = [1], which is a LoRA by another name."""
     return None
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,
+) -> dict[str, A]:
+    """The nearest Kronecker product: the nearest of rank 1 to ΔW rearranged, [a b, c d], a part at a time.
+
+    Van Loan and Pitsianis 1993. A part that is to be a product of rank r is cut to it each time.
+    """
+    sizes = shapes(delta.shape[0], delta.shape[1], config)
+    (a, b), (c, d) = (_size(sizes, part) for part in ("W1", "W2"))
+    blocks = np.asarray(delta, np.float32).reshape(a, c, b, d).transpose(0, 2, 1, 3)
+    turned = np.ascontiguousarray(blocks).reshape(a * b, c * d)
+    w2, best = turned[np.argmax(np.square(turned).sum(1))], 0.0
+    one, two = np.zeros(a * b, np.float32), w2
+    for _ in range(_ROUNDS):
+        one = _at_rank(turned @ _unit(two), (a, b), sizes.get("W1A"))
+        two = _at_rank(_unit(one) @ turned, (c, d), sizes.get("W2A"))
+        held = float(two @ two)
+        if held <= best * (1 + 1e-7):
+            break
+        best = held
+    size = float(two @ two) ** 0.25
+    parts = {"W1": (_unit(one) * size).reshape(a, b), "W2": (two / (size or 1)).reshape(c, d)}
+    made: dict[str, NDArray[np.float32]] = {}
+    for name, part in parts.items():
+        made.update({name: part} if name in sizes else _factored(name, part, config.rank))
+    return {name: alike(delta, np.ascontiguousarray(f, np.float32)) for name, f in made.items()}
+
+
+def _size(sizes: Mapping[str, tuple[int, ...]], part: str) -> tuple[int, int]:
+    rows, columns = sizes[part] if part in sizes else (sizes[f"{part}A"][0], sizes[f"{part}B"][1])
+    return rows, columns
+
+
+def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return x / (np.float32(np.linalg.norm(x)) or np.float32(1))
+
+
+def _at_rank(
+    x: NDArray[np.float32], size: tuple[int, int], factor: tuple[int, ...] | None
+) -> NDArray[np.float32]:
+    """The part itself, or the nearest of the rank that its factors will have."""
+    if factor is None:
+        return x
+    u, s, vt = np.linalg.svd(x.reshape(size), full_matrices=False)
+    r = factor[1]
+    cut: NDArray[np.float32] = ((u[:, :r] * s[:r]) @ vt[:r]).reshape(-1)
+    return cut
+
+
+def _factored(name: str, part: NDArray[np.float32], rank: int) -> dict[str, NDArray[np.float32]]:
+    u, s, vt = np.linalg.svd(part, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    return {f"{name}A": u[:, :rank] * root, f"{name}B": root[:, None] * vt[:rank]}
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A] | None:

@@ -16,7 +16,8 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A, Base
+    from lorasurgery.adapter import Base
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
 ROWS = ("B",)
@@ -61,6 +62,16 @@ def detour(
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     """They are themselves."""
     return {"A": a, "B": b}
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: the nearest of rank r is given."""
+    return None
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:

@@ -14,7 +14,7 @@ from lorasurgery.adapters import dora, lora
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 ROWS = ("B", "g")
@@ -55,6 +55,19 @@ def from_dora(w: A, factors: Mapping[str, A], config: AdapterConfig) -> dict[str
         return None
     g = dora.gain(w + lora.delta(w, factors, config), factors["m"])
     return {"A": factors["A"], "B": g * factors["B"], "g": g}
+
+
+def from_delta(
+    w: A,
+    delta: A,
+    lora: tuple[A, A],
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A]:
+    """What B A leaves of each row of ΔW projected onto that of W: never farther than the LoRA is."""
+    a, b = lora
+    length = (w * w).sum(-1)[..., None]
+    along = ((delta - b @ a) * w).sum(-1)[..., None]
+    return {"A": a, "B": b, "g": 1 + along / (length + (length == 0))}
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> None:

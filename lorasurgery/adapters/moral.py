@@ -12,13 +12,17 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.arrays import alike
 from lorasurgery.errors import MatchError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A, Base
+    from lorasurgery.adapter import Base
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
 ROUTED = True  # what it does depends on the token
@@ -96,7 +100,23 @@ def detour(
 
 
 def from_lora(w: A, a: A, b: A) -> None:
-    """None: of how many experts, nobody has said."""
+    """None: of how many experts, only a config says; see `from_delta`."""
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,
+    lora: tuple[A, A],
+    config: AdapterConfig,
+) -> dict[str, A]:
+    """Every expert the LoRA itself: its gates sum to 1, so that the router, N(0, 0.02²), may be any."""
+    n, seed = experts(config), config.extra.get("seed", 0)
+    assert isinstance(seed, int)
+    chance = np.random.default_rng(seed).standard_normal((n, delta.shape[1]), dtype=np.float32)
+    # numpy's stack, or torch's
+    stack: Any = sys.modules[type(delta).__module__].stack
+    a, b = (stack([factor] * n) for factor in lora)
+    return {"A": a, "B": b, "router": alike(delta, np.float32(0.02) * chance)}
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.arrays import alike
 from lorasurgery.errors import ShapeError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 
@@ -64,6 +65,16 @@ def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     return None
 
 
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: no rotation of W is near a sum."""
+    return None
+
+
 def low_rank(
     factors: Mapping[str, A],  # noqa: ARG001
     config: AdapterConfig,  # noqa: ARG001
@@ -103,13 +114,13 @@ def _skew(vectors: A) -> A:
     """Q [blocks, b, b] of what is above its diagonals."""
     size = block_size(vectors.shape[1])
     if size < 2:
-        return _like(vectors, np.zeros((len(vectors), 1, 1), np.float32))
+        return alike(vectors, np.zeros((len(vectors), 1, 1), np.float32))
     sign = np.triu(np.ones((size, size), np.float32), 1)
     where = np.zeros((size, size), np.int64)
     where[np.triu_indices(size, 1)] = np.arange(vectors.shape[1])
     where += where.T
     picked: A = vectors[:, where.reshape(-1)].reshape(-1, size, size)
-    skew: A = picked * _like(vectors, sign - sign.T)
+    skew: A = picked * alike(vectors, sign - sign.T)
     return skew
 
 
@@ -123,20 +134,10 @@ def _near(q: A, eps: float) -> A:
 
 def _cayley(q: A) -> A:
     """(I + Q)⁻¹ (I - Q) - I = -2 (I + Q)⁻¹ Q."""
-    eye = _like(q, np.eye(q.shape[1], dtype=np.float32))
+    eye = alike(q, np.eye(q.shape[1], dtype=np.float32))
     if isinstance(q, np.ndarray):
         return -2 * np.linalg.solve(eye + q, q)
     import torch
 
     turned: A = -2 * torch.linalg.solve(eye + q, q)
     return turned
-
-
-def _like(one: A, array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> A:
-    """The array as what `one` is: an array, or a tensor on its device."""
-    if isinstance(one, np.ndarray):
-        return array.astype(one.dtype)
-    import torch
-
-    made: A = torch.from_numpy(array).to(one)
-    return made

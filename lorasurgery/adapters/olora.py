@@ -6,8 +6,9 @@ start is made of the base again, as PEFT makes it when it loads them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False
 
@@ -51,12 +52,30 @@ def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     return None
 
 
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: the start would have to be of low rank as well."""
+    return None
+
+
 def low_rank(
     factors: Mapping[str, A],  # noqa: ARG001
     config: AdapterConfig,  # noqa: ARG001
 ) -> tuple[A, A] | None:
     """The change is made of W."""
     return None
+
+
+def low_rank_on(w: A, factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:
+    """A and B of rank 2 r with delta = B A, once W is known."""
+    q, r = _first(w, config.rank)
+    # numpy's concatenate, or torch's
+    join: Any = sys.modules[type(w).__module__].concatenate
+    return join([factors["A"], r]), config.scaling * join([factors["B"], -q], -1)
 
 
 def _first(w: A, rank: int) -> tuple[A, A]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = False  # of some types it is free of W; of HiRA, HRA or BOFT it is not
 
@@ -73,6 +73,16 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A] | None:  # noqa: ARG001
     """Which type it would be is not said."""
+    return None
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,  # noqa: ARG001
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,  # noqa: ARG001
+) -> dict[str, A] | None:
+    """None: which type it would be is not said."""
     return None
 
 

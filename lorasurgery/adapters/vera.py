@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.arrays import alike
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A, Base
+    from lorasurgery.adapter import Base
+    from lorasurgery.arrays import A
 
 LINEAR_IN_W = True
 ROWS = ("B", "b")
+
+_ROUNDS = 200  # of least squares, unless nothing is gained any more
 
 
 def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -70,6 +77,52 @@ def detour(
 
 def from_lora(w: A, a: A, b: A) -> None:
     """None: two vectors cannot hold what A and B were trained to be."""
+
+
+def from_delta(
+    w: A,  # noqa: ARG001
+    delta: A,
+    lora: tuple[A, A],  # noqa: ARG001
+    config: AdapterConfig,
+) -> dict[str, A]:
+    """b and d by least squares in turn, of the projections that extra['projections'] gives, or its key draws.
+
+    Of ΔW only ΔW Aᵀ is needed. They begin at the largest singular vector of B ∘ ΔW Aᵀ; d is scaled to 0.1.
+    """
+    shared = _projections(config, *delta.shape)
+    a, b = (matrix.astype(np.float64) for matrix in shared)
+    seen, gram = np.asarray(delta, np.float64) @ a.T, a @ a.T  # [out, r], [r, r]
+    weighed = b * seen
+    d = np.linalg.eigh(weighed.T @ weighed)[1][:, -1]
+    rows, best = np.zeros(len(b)), 0.0
+    for _ in range(_ROUNDS):
+        turned = b * d
+        length = ((turned @ gram) * turned).sum(1)
+        rows = (turned * seen).sum(1) / np.where(length > 0, length, 1)
+        scaled = rows[:, None] * b
+        wanted = (scaled * seen).sum(0)
+        d = np.linalg.lstsq((scaled.T @ scaled) * gram, wanted, rcond=None)[0]
+        if wanted @ d <= best * (1 + 1e-7):
+            break
+        best = float(wanted @ d)
+    size = max(float(np.sqrt(np.mean(d * d))), 1e-30) / 0.1
+    found = {"A": shared[0], "B": shared[1], "d": d / size, "b": rows * size}
+    return {name: alike(delta, np.ascontiguousarray(f, np.float32)) for name, f in found.items()}
+
+
+def _projections(
+    config: AdapterConfig, out: int, in_: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The part of the shared A and B that a module of this size takes."""
+    import torch
+
+    given: Any = config.extra.get("projections")
+    if given is not None:
+        a, b = given()
+        return a[:, :in_], b[:out]
+    key: Any = config.extra.get("projection_prng_key", 0)
+    drawn = projections(config.rank, in_, out, torch.Generator().manual_seed(key))
+    return drawn[0].numpy(), drawn[1].numpy()
 
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:  # noqa: ARG001

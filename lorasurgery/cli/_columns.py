@@ -65,6 +65,7 @@ COLUMNS = {
     "importance": Column("importance", _percent),
     "kept": Column("kept", _yes, min),
     "kept_modules": Column("kept", _number),
+    "mixture_error": Column("error, of the mixture", _percent),
     "angle_in": Column("angle in", _fixed, min),
     "angle_out": Column("angle out", _fixed, min),
     "energy": Column("energy kept", _percent, min),

@@ -49,6 +49,16 @@ def ranks(text: str | None) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """A list of gates: 0.3,0.7. Raises ValueRangeError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueRangeError(
+            f"--gates: {text!r} is no list of numbers. Write it as 0.3,0.7, or as uniform."
+        ) from None
+
+
 def show_bytes(n: float) -> str:
     """Bytes in the unit that keeps the number short: 1.21 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

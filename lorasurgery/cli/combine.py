@@ -28,6 +28,10 @@ def command(
             "--density", show_default="0.5", help="The share of elements that the method keeps."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="DIR", help="Their model, where a layout needs its sizes."),
+    ] = None,
     rank: Rank = None,
     seed: Annotated[int, typer.Option("--seed", help="Of what DARE leaves to chance.")] = 0,
     allow_unmatched: AllowUnmatched = None,
@@ -44,12 +48,13 @@ def command(
 
         lorasurgery combine style:0.7 facts:0.5 -o both --method ties
     """
+    from lorasurgery.model import resolve
     from lorasurgery.operations.algebra.adapter_output import AdapterFormat
     from lorasurgery.operations.combine import CombineOptions, combine
     from lorasurgery.tensors import DTYPE_NAMES
 
     options = CombineOptions(
-        method, density, rank, seed, tuple(allow_unmatched or ()),
+        method, density, rank, seed, resolve(base) if base else None, tuple(allow_unmatched or ()),
         AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype]),
     )  # fmt: skip
     carry_out(lambda output, how: combine(adapter, output, options, how), writing.run, printing)

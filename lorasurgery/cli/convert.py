@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,11 +17,13 @@ from lorasurgery.cli._options import (
 )
 from lorasurgery.cli._print import emit, table
 from lorasurgery.cli._report import carry_out
-from lorasurgery.cli._sizes import ranks
+from lorasurgery.cli._sizes import ranks, shares
 from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
     from lorasurgery.operations.algebra.lattice import Way
+
+Mixing = Literal["mean", "top", "experts"]
 
 
 def command(
@@ -59,6 +61,42 @@ def command(
         ),
     ] = False,
     ranks_allowed: RanksAllowed = None,
+    mixture: Annotated[
+        Mixing | None,
+        typer.Option(
+            "--mixture",
+            help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each.",
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init", metavar="DIR", help="A PiSSA, OLoRA, CorDA as it was before training."
+        ),
+    ] = None,
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            "--residual", metavar="DIR", help="The model left of the base, which training saw."
+        ),
+    ] = None,
+    gates: Annotated[
+        str | None,
+        typer.Option(
+            "--gates",
+            metavar="G1,...,GN",
+            show_default="those recorded",
+            help="The mean gates, or uniform.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, show_default="2", help="--to moral: chosen for a token."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", show_default="0", help="Of VeRA's projections, MoRAL's router."),
+    ] = None,
     projections: Annotated[
         str | None,
         typer.Option(
@@ -71,8 +109,8 @@ def command(
         str | None,
         typer.Option(
             "--experts",
-            metavar="single|stacked",
-            help="A module for each expert, or transformers 5's parameters with all of them.",
+            metavar="single|stacked|N",
+            help="A module an expert, or transformers 5's stacks; --to moral: of N, all alike.",
         ),
     ] = None,
     explain: Annotated[
@@ -92,8 +130,11 @@ def command(
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.into import Chosen
     from lorasurgery.operations.algebra.lattice import lattice
+    from lorasurgery.operations.algebra.mixture import Mixture
     from lorasurgery.operations.algebra.nearest import Aim
+    from lorasurgery.operations.algebra.started import Start
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
     from lorasurgery.operations.layouts.layout import Layout
@@ -108,8 +149,9 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        ranked = rank or energy or bake_scale or uniform_rank or ranks_allowed
-        if writing.dialect or ranked or projections or experts or calibrating.calibrate:
+        given = (rank, energy, bake_scale, uniform_rank, ranks_allowed, projections, experts)
+        others = (mixture, gates, init, residual, calibrating.calibrate)
+        if writing.dialect or any((*given, *others)):
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -118,12 +160,18 @@ def command(
             lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
         )
         return
-    layout = Layout(projections, experts)
+    many = int(experts) if experts and experts.isdecimal() else None
+    layout = Layout(projections, experts if many is None else None)
     options = ConvertOptions(
         to=to or ("" if layout.asked else "lora"),
         layout=layout,
         base=resolve(base) if base else None,
         aim=Aim(rank, energy, exact),
+        mixture=Mixture(
+            mixture, None if gates in (None, "uniform") else shares(gates), gates == "uniform"
+        ),
+        start=Start(resolve(init) if init else None, resolve(residual) if residual else None),
+        chosen=Chosen(experts=many, top_k=top_k, seed=seed),
         folded=bake_scale,
         uniform=uniform_rank,
         allowed_ranks=ranks(ranks_allowed),

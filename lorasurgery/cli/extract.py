@@ -21,6 +21,9 @@ from lorasurgery.cli._report import carry_out
 def command(
     base: Base,
     finetuned: Annotated[str, typer.Argument(help="What was made of it, whole.")],
+    variant: Annotated[
+        str, typer.Option("--variant", metavar="VARIANT", help="What its changes are written as.")
+    ] = "lora",
     rank: Rank = None,
     energy: Energy = None,
     exact: Annotated[
@@ -37,7 +40,7 @@ def command(
     writing: WritingAdapter,
     printing: Printing,
 ) -> None:
-    """Find the LoRA in a fine-tuned model, and say what it does not hold.
+    """Find the adapter in a fine-tuned model, and say what it does not hold.
 
     Without --rank and --energy, ranks are 16. With both, the energy is sought up to that rank.
 
@@ -47,6 +50,7 @@ def command(
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.into import Chosen
     from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.extract import ExtractOptions, extract
     from lorasurgery.tensors import DTYPE_NAMES
@@ -54,6 +58,8 @@ def command(
     options = ExtractOptions(
         Aim(16 if rank is None and energy is None else rank, energy, exact),
         base,
+        variant,
+        Chosen(rank=rank),
         save_others,
         tuple(include or ()),
         tuple(exclude or ()),

@@ -103,6 +103,8 @@ def _adapter(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if facts["modules_to_save"]:
         yield "replaced", _list(facts["modules_to_save"])
     yield "base", facts["base"] or "not recorded"
+    if "start" in facts:
+        yield "start", f"{facts['start']}: its factors belong to what was left of the base"
 
 
 def _graph(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -50,6 +50,13 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 STARTS = ("pissa", "olora")
 
 
+def start_of(config: Mapping[str, Any]) -> str | None:
+    """The start that took something out of the base, if there was one."""
+    start = config.get("init_lora_weights")
+    mutating = isinstance(start, str) and start.lower().startswith(_MUTATING)
+    return start.lower() if isinstance(start, str) and mutating else None
+
+
 def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
     """The fields that nobody knows. Raises what no flag allows: a changed meaning."""
     for field, reason in REFUSED.items():
@@ -68,10 +75,12 @@ def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
         again = (
             False  # PEFT takes it out of W as it is stored, [in, out], and adds B A the other way
         )
-    if isinstance(start, str) and start.lower().startswith(_MUTATING) and not again:
+    if start_of(config) and not again:
+        base = f"what was left of {config.get('base_model_name_or_path')} at the start of training"
+        how = "" if start == "loftq" else "--init START, or "
         raise MatchError(
-            f"{path}: init_lora_weights is {start!r}: its factors belong to a base that was changed "
-            "at the start of training. Save it with path_initial_model_for_weight_conversion."
+            f"{path}: init_lora_weights is {start!r}: its factors belong to {base}. Convert it with "
+            f"{how}--residual MODEL first."
         )
     known = {*READ, *SILENT, *REFUSED}
     return [

@@ -26,6 +26,7 @@ KIND = form.Kind(
         "bias", "fan_in_fan_out",
     }),
 )  # fmt: skip
+_KEY = "projection_prng_key"
 SHARED = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 
 
@@ -45,7 +46,7 @@ def write(adapter: Adapter, folder: Path) -> None:
     fields = {
         "r": len(a),
         "save_projection": keep,
-        "projection_prng_key": adapter.settings.get("projection_prng_key", 0),
+        _KEY: adapter.sites[0].config.extra.get(_KEY, adapter.settings.get(_KEY, 0)),
         "fan_in_fan_out": any(site.fan_in_fan_out for site in adapter.sites),
     }
     noted = {

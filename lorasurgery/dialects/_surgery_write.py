@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import FormatError
 from lorasurgery.formats import safetensors
@@ -68,7 +69,8 @@ def _key(site: Site, name: str) -> str:
 
 
 def _check(adapter: Adapter, site: Site) -> None:
-    if site.config.variant == "delta_lora" and not site.config.extra.get("base"):
+    bound = getattr(plugins.load("adapters", site.config.variant), "BOUND", False)
+    if bound and not site.config.extra.get("base"):
         raise FormatError(
             f"{adapter.path}: {site.module} is a Delta-LoRA without the hash of its base: on another "
             "one its factors are wrong. Say extra['base']."

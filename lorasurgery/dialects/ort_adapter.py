@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,22 @@ if TYPE_CHECKING:
 
 VARIANTS = ("lora",)
 
-_SUFFIX = ".onnx_adapter"
+SUFFIX = ".onnx_adapter"
 _MAGIC = b"TORT"  # a flatbuffer's file identifier, at byte 4
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.weight)?")
 # onnxruntime's types that a factor may have, and how a dialect names them
 _FLOATS = {"tensor(float)": "F32", "tensor(float16)": "F16"}
+_OTHERS = {
+    "tensor(double)": "F64",
+    "tensor(int64)": "I64",
+    "tensor(int32)": "I32",
+    "tensor(bfloat16)": "BF16",
+}
 
 
 def detect(path: Path) -> bool:
     """One .onnx_adapter file with the format's identifier."""
-    file = _one_file.find(path, _SUFFIX)
+    file = _one_file.find(path, SUFFIX)
     if file is None:
         return False
     with file.open("rb") as opened:
@@ -42,11 +48,9 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> Adapter:
     """The adapter's sites; onnxruntime maps the whole file."""
-    file = _one_file.find(path, _SUFFIX)
+    file = _one_file.find(path, SUFFIX)
     if file is None:
-        raise FormatError(
-            f"{path}: is no {_SUFFIX} file, and holds not exactly one. Name the file."
-        )
+        raise FormatError(f"{path}: is no {SUFFIX} file, and holds not exactly one. Name the file.")
     pairs: dict[str, dict[str, Any]] = defaultdict(dict)
     sites, problems = [], []
     for name, value in sorted(_parameters(file).items()):
@@ -78,6 +82,53 @@ def read(path: Path) -> Adapter:
     )
 
 
+class Parameters:
+    """The file as a checkpoint: names and facts alone, for factors are read by the adapter's sites."""
+
+    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]) -> None:
+        self.path, self._infos = path, dict(infos)
+        self.metadata: Mapping[str, str] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """One parameter as it is stored."""
+        found: Array = _parameters(self.path)[name].numpy()[start:stop]
+        return found
+
+    def release(self, name: str) -> None:
+        """Nothing is held."""
+
+    def place(self, name: str) -> None:
+        """None: onnxruntime alone knows where in the file it lies."""
+
+    def storage(self, name: str) -> tuple[str, int]:
+        info = self._infos[name]
+        return info.dtype, info.nbytes
+
+
+def stored(path: Path) -> Parameters:
+    """All parameters of the file, as they are stored. Raises FormatError for a broken one."""
+    file = _one_file.find(path, SUFFIX)
+    assert file is not None, path
+    types = {**_FLOATS, **_OTHERS}
+    infos = {
+        name: TensorInfo(name, types.get(value.data_type(), "U8"), tuple(value.shape()))
+        for name, value in sorted(_parameters(file).items())
+    }
+    return Parameters(file, infos)
+
+
 def write(adapter: Adapter, folder: Path) -> None:
     """adapter.onnx_adapter. Raises FormatError for what x A B cannot say."""
     from onnxruntime import AdapterFormat, OrtValue
@@ -97,7 +148,7 @@ def write(adapter: Adapter, folder: Path) -> None:
     made.set_adapter_version(1)
     made.set_model_version(1)
     made.set_parameters(parameters)
-    made.export_adapter(str(folder / f"adapter{_SUFFIX}"))
+    made.export_adapter(str(folder / f"adapter{SUFFIX}"))
 
 
 def _parameters(file: Path) -> Mapping[str, Any]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lorasurgery import dialects
 from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, open_file, read_json
-from lorasurgery.dialects import _peft_other_types, _sayable
+from lorasurgery.dialects import _peft_lora_config, _peft_other_types, _sayable
 from lorasurgery.dialects._peft_types_refused import REFUSED
-from lorasurgery.errors import FormatError, MatchError, UnknownNameError
+from lorasurgery.errors import FormatError, MatchError, UnknownNameError, UsageError
 
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -78,6 +79,27 @@ def read(path: Path) -> Adapter:
             f"{', '.join(sorted({*known, *_peft_other_types.TYPES}))}."
         )
     return _form(known[kind]).read(path, config, _weights(path))
+
+
+def read_plain(path: Path, flag: str) -> tuple[Adapter, str | None]:
+    """A LoRA as its factors stand, and the start that its base lacks; `flag` asked for it.
+
+    Raises UsageError for other types and layouts, MatchError for DoRA, which norms that base's rows.
+    """
+    if not detect(path):
+        raise UsageError(f"{flag}: {path} has no {CONFIG}. Name a directory that PEFT wrote.")
+    config = read_json(path / CONFIG)
+    kind = str(config.get("peft_type") or "LORA").upper()
+    if kind != "LORA":
+        raise UsageError(f"{flag}: {path} is {kind}, which has no such start. Take it away.")
+    if config.get("use_dora"):
+        raise MatchError(
+            f"{path}: use_dora is true: its norms are of a base that is gone. Merge it with PEFT itself."
+        )
+    plain = {**config, "init_lora_weights": True}
+    adapter = _form("_peft_lora").read(path, plain, _weights(path))
+    said = {**plain, "init_lora_weights": config.get("init_lora_weights", True)}
+    return replace(adapter, settings=said), _peft_lora_config.start_of(config)
 
 
 def write(adapter: Adapter, folder: Path) -> None:

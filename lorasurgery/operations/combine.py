@@ -16,6 +16,7 @@ import numpy as np
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError, ValueRangeError
+from lorasurgery.model import open_model
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
@@ -52,6 +53,7 @@ class CombineOptions:
     density: float | None = None
     rank: int | None = None
     seed: int = 0
+    base: Path | None = None
     allowed: tuple[str, ...] = ()
     form: AdapterFormat = field(default_factory=AdapterFormat)
 
@@ -107,8 +109,10 @@ def combine(
     """
     started = time.perf_counter()
     options.check()
-    opened = open_adapters(adapters)
+    model = open_model(options.base) if options.base else None
+    opened = open_adapters(adapters, model)
     inputs = {f"adapter {i}": adapter.path for i, (adapter, _) in enumerate(opened, 1)}
+    inputs |= {"base": options.base} if options.base else {}
     check_ready(output, inputs, how)
     notes = [note for adapter, _ in opened for note in usable(adapter, options.allowed)]
     modules, wholes = _modules(opened), combined(opened)
@@ -116,6 +120,7 @@ def combine(
     made = side_by_side(items, lambda module: _combine(module, options), how)
     results = tuple(result for _, result in made)
     adapter = _adapter(opened, [site for site, _ in made], wholes)
+    adapter = replace(adapter, base_config=model.config) if model else adapter
     shown = {"adapters": [f"{a.path}:{w:g}" for a, w in opened], **options.settings}
     outcome = Outcome(
         "combine", adapter, inputs, shown, results,

@@ -24,6 +24,7 @@ from lorasurgery.operations.algebra.adapter_output import (
 )
 from lorasurgery.operations.algebra.bias_sites import biases_added
 from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
+from lorasurgery.operations.algebra.into import Chosen, Form
 from lorasurgery.operations.algebra.made import (
     each,
     kept,
@@ -33,8 +34,10 @@ from lorasurgery.operations.algebra.made import (
     variant_of,
     with_sites,
 )
+from lorasurgery.operations.algebra.mixture import Mixture, of_mixture, routed, unrouted
 from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
-from lorasurgery.operations.algebra.site_weights import site_weights
+from lorasurgery.operations.algebra.site_weights import SiteWeights, site_weights
+from lorasurgery.operations.algebra.started import Start
 from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.operations.layouts.layout import Layout
 from lorasurgery.operations.layouts.relaid import Relaid
@@ -54,6 +57,9 @@ class ConvertOptions:
     layout: Layout = field(default_factory=Layout)
     base: Path | None = None
     aim: Aim = field(default_factory=Aim)
+    mixture: Mixture = field(default_factory=Mixture)
+    chosen: Chosen = field(default_factory=Chosen)
+    start: Start = field(default_factory=Start)
     folded: bool = False
     uniform: bool = False
     allowed_ranks: tuple[int, ...] = ()
@@ -66,6 +72,8 @@ class ConvertOptions:
         if self.to or not self.layout.asked:
             plugins.load("adapters", self.to)
         self.aim.check()
+        self.mixture.check()
+        self.start.check()
         self.layout.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
@@ -83,6 +91,8 @@ class ConvertOptions:
             raise UsageError(
                 "--calibrate: runs modules as they are. Convert once more for --projections and --experts."
             )
+        if self.start.residual:
+            raise UsageError("--calibrate: does not run a residual. Convert once more with it.")
         if self.capped.rank is None and self.capped.energy is None:
             raise UsageError(
                 "--calibrate: weighs what is cut off, and nothing is. Pass --rank or --energy."
@@ -116,28 +126,63 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     """
     started = time.perf_counter()
     options.check()
-    adapter = open_adapter(path)
-    inputs = inputs_of(adapter.path, options.base, options.calibration)
+    adapter = options.start.open(path) if options.start else open_adapter(path)
+    inputs = inputs_of(adapter.path, options.base, options.calibration) | options.start.inputs
     check_ready(output, inputs, how)
-    notes = usable(adapter, options.allowed)
+    notes = list(usable(adapter, options.allowed))
     model = open_model(options.base) if options.base else None
     if model is not None:
         adapter = replace(completed(model, adapter), base_config=model.config)
-    moments = None
+    parts = {".": adapter}
+    if options.to and options.to not in {s.config.variant for s in adapter.sites if routed(s)}:
+        parts = unrouted(adapter, options.mixture)
+    made = {folder: _made(part, model, options, how) for folder, part in parts.items()}
+    shown = tuple(replace(r, name=_under(f, r)) for f, part in made.items() for r in part.shown)
+    results = [result for part in made.values() for result in part.results]
+    notes += [note for part in made.values() for note in part.notes]
+    fixed = (
+        {name_of(s) for s in adapter.sites if routed(s)} if options.mixture.fixed else set[str]()
+    )
+    if fixed:
+        shown, results = (
+            tuple(of_mixture(shown, fixed)),
+            [r for r in results if r.name not in fixed],
+        )
+        notes.append(
+            f"in {len(fixed)} modules fixed gates stand for the router, whose error only text would show: "
+            "exact where the gates do not depend on the token."
+        )
+    exact = sum(int(r.metrics["exact_form"]) for r in shown)
+    written = {folder: part.adapter for folder, part in made.items()}
+    outcome = Outcome(
+        "convert", next(iter(written.values())), inputs, options.settings, shown,
+        {"modules": len(shown), "exact_modules": exact, **_totals(results)},
+        tuple(notes), started, written,
+    )  # fmt: skip
+    return publish(outcome, output, options.form, how)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """An adapter that is written, its rows of the report, and those in which losses were measured."""
+
+    adapter: Adapter
+    shown: tuple[Result, ...]
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+
+
+def _made(adapter: Adapter, model: Model | None, options: ConvertOptions, how: RunOptions) -> _Made:
+    seen = None
     if model is not None and options.calibration:
         seen = gather(adapter, site_weights(model, adapter), options.calibration, how)
-        moments, notes = seen.moments, notes + seen.notes
     relaid = options.layout.before(adapter, model)
+    moments = seen.moments if seen else None
     made, results = _converted(relaid, model, options, how, moments)
     last = options.layout.after(made, model)
     shown = _shown(made, last, results)
-    exact = sum(int(r.metrics["exact_form"]) for r in shown)
-    outcome = Outcome(
-        "convert", biases_added(last.adapter), inputs, options.settings, shown,
-        {"modules": len(shown), "exact_modules": exact, **total(results), **totals(results)},
-        (*notes, *relaid.notes, *last.notes), started,
-    )  # fmt: skip
-    return publish(outcome, output, options.form, how)
+    more = (*(seen.notes if seen else ()), *relaid.notes, *last.notes)
+    return _Made(biases_added(last.adapter), shown, results, more)
 
 
 def _shown(made: Adapter, last: Relaid, results: tuple[Result, ...]) -> tuple[Result, ...]:
@@ -170,17 +215,51 @@ def _converted(
     pairs = list(zip(relaid.origins, adapter.sites, strict=True))
     if weights is not None:  # what this base has no place for, and need not have, is left out
         pairs = [(old, site) for old, site in pairs if name_of(site) in weights.shares]
-    folded = options.folded or options.padded
-    work = Conversion(adapter, options.to, options.capped, weights, folded, moments)
+    work = _conversion(adapter, weights, options, moments)
 
     def convert_one(site: Site) -> Converted:
-        return convert_site(replace(work, to=options.to or site.config.variant), site)
+        form = work.form if options.to else Form(site.config.variant)
+        return convert_site(replace(work, form=form), site)
 
     found = each([site for _, site in pairs], convert_one, how)
     sites = [c.site for c in found]
     sites = _with_ranks(sites, options) if options.padded else sites
     rows = zip(pairs, found, sites, strict=True)
-    return with_sites(adapter, sites), tuple(_result(old, c, site) for (old, _), c, site in rows)
+    made = with_sites(work.adapter, sites)
+    return made, tuple(_result(old, c, site) for (old, _), c, site in rows)
+
+
+def _conversion(
+    adapter: Adapter,
+    weights: SiteWeights | None,
+    options: ConvertOptions,
+    moments: Mapping[str, Moment] | None,
+) -> Conversion:
+    folded, residual = options.folded or options.padded, options.start.residual
+    chosen = replace(options.chosen, rank=options.aim.rank)
+    form = chosen.form(options.to, _widest(adapter.sites)) if options.to else Form("lora")
+    if residual is None or weights is None:
+        return Conversion(adapter, form, options.capped, weights, folded, moments=moments)
+    # the change of the base is that of the residual, and what W lost to it
+    left = site_weights(open_model(residual), adapter)
+    adapter = replace(adapter, base=str(options.base))
+    return Conversion(adapter, form, options.capped, weights, folded, left)
+
+
+def _widest(sites: Sequence[Site]) -> tuple[int, int]:
+    """The most outputs and inputs that any weight has, as far as the factors tell."""
+    sizes = [site.size for site in sites]
+    return max((out or 0 for out, _ in sizes), default=0), max(
+        (i or 0 for _, i in sizes), default=0
+    )
+
+
+def _totals(results: Sequence[Result]) -> dict[str, float]:
+    return {**total(results), **totals(results)} if results else {}
+
+
+def _under(folder: str, result: Result) -> str:
+    return result.name if folder == "." else f"{folder}/{result.name}"
 
 
 def _of_part(of: Result, site: Site) -> Result:

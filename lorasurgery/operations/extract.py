@@ -16,12 +16,14 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array, as_bytes
 from lorasurgery.errors import MatchError, ValueRangeError
 from lorasurgery.model import Model, matches, open_model
+from lorasurgery.operations._right_base import digest
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
     Outcome,
     check_ready,
     publish,
 )
+from lorasurgery.operations.algebra.into import Chosen, Form, Takes, nearest_of, takes
 from lorasurgery.operations.algebra.layers import Layer, layer_of
 from lorasurgery.operations.algebra.made import kept, side_by_side
 from lorasurgery.operations.algebra.nearest import Aim, loss, nearest, total
@@ -42,6 +44,8 @@ class ExtractOptions:
 
     aim: Aim
     name: str | None = None
+    variant: str = "lora"
+    chosen: Chosen = field(default_factory=Chosen)
     save_others: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -56,6 +60,19 @@ class _Pair:
     tuned: Model
     options: ExtractOptions
 
+    def form(self) -> Form:
+        """What the sites are to be. Raises MatchError for a variant that is near to nothing."""
+        variant = self.options.variant
+        if takes(variant) is Takes.NOTHING or getattr(Form(variant).module, "ROUTED", False):
+            raise MatchError(
+                f"--variant {variant}: has no factors that are near any change. Take lora or another; "
+                "lorasurgery convert --explain shows them."
+            )
+        sizes = [self.layer(name) for name in self.tuned.weights]
+        shapes = [s.size for s in sizes if s is not None and s.layout == "linear"]
+        widest = max((o for o, _ in shapes), default=0), max((i for _, i in shapes), default=0)
+        return self.options.chosen.form(variant, widest)
+
     def layer(self, name: str) -> Layer | None:
         """None for what no product of factors can say, or is not asked for."""
         if name not in self.base.weights or name not in self.tuned.weights:
@@ -65,7 +82,10 @@ class _Pair:
         wanted = not self.options.include or matches(name, self.options.include)
         if not wanted or matches(name, self.options.exclude):
             return None
-        return layer_of(self.tuned, name)
+        layer = layer_of(self.tuned, name)
+        plain = layer is not None and layer.layout == "linear" and not layer.kernel
+        # others know no embeddings, stacks and convolutions
+        return layer if plain or self.options.variant == "lora" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +101,7 @@ class _Found:
 def extract(
     base: Path, tuned: Path, output: Path | None, options: ExtractOptions, how: RunOptions
 ) -> Report:
-    """Write what turns `base` into `tuned` as a LoRA; no output: only the report.
+    """Write what turns `base` into `tuned` as a LoRA or what else `options` say; no output: only the report.
 
     Raises MatchError for models that have nothing in common, ValueRangeError for nan and inf.
     """
@@ -95,13 +115,14 @@ def extract(
         raise MatchError(
             f"{tuned}: has no weight matrix in common with {base}. Check that one was made of the other."
         )
+    form = pair.form()
     items = [(n, pair.tuned.weights.info(n).nbytes, n) for n in names]
-    found = side_by_side(items, lambda name: _find(pair, name), how)
+    found = side_by_side(items, lambda name: _find(pair, form, name), how)
     others = [f.name for f in found if f.changed and f.site is None]
     adapter = _adapter(pair, [f.site for f in found if f.site], others)
     results = tuple(f.result for f in found if f.result)
     settings = {
-        **options.aim.settings, "save_others": options.save_others, "dtype": options.form.dtype,
+        **options.aim.settings, "variant": options.variant, "save_others": options.save_others, "dtype": options.form.dtype,
     }  # fmt: skip
     counts = {
         "modules": len(adapter.sites),
@@ -115,7 +136,7 @@ def extract(
     return publish(outcome, output, options.form, how)
 
 
-def _find(pair: _Pair, name: str) -> _Found:
+def _find(pair: _Pair, form: Form, name: str) -> _Found:
     layer = pair.layer(name)
     if name not in pair.base.weights:
         return _Found(name, changed=True)
@@ -135,8 +156,14 @@ def _find(pair: _Pair, name: str) -> _Found:
     if not delta.any():
         return _Found(name)
     a, b, error2, norm2 = nearest(delta, pair.options.aim)
-    metrics = {"rank": float(a.shape[-2]), **loss(error2, norm2)}
-    return _Found(name, Result(name, metrics, read, {}), kept(layer.site, a, b))
+    site = kept(layer.site, a, b)
+    if form.variant != "lora":
+        form = form.with_extra(base=digest(pair.base, name)) if form.bound else form
+        held = nearest_of(form, layer.seen(old.astype(np.float32)), delta, (a, b))
+        assert held is not None, form
+        site, error2 = held.at(layer.site, layer.size), held.error2
+    metrics = {"rank": float(site.config.rank), **loss(error2, norm2)}
+    return _Found(name, Result(name, metrics, read, {}), site)
 
 
 def _equal(old: Array, new: Array) -> bool:

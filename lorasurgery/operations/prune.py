@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -124,7 +124,7 @@ def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOption
     model = open_model(options.base) if options.base else None
     moments = None
     if model:
-        adapter = completed(model, adapter)
+        adapter = replace(completed(model, adapter), base_config=model.config)
     if model and options.calibration:
         found = gather(adapter, site_weights(model, adapter), options.calibration, how)
         moments, notes = found.moments, notes + found.notes

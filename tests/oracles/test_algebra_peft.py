@@ -127,3 +127,18 @@ def test_peft_finds_the_tuned_model_in_what_was_extracted(bases, tmp_path: Path,
     same_weights(base.load(tmp_path / "merged"), tuned)
     found = merged_by_peft(base, (tmp_path / "out", 1))
     torch.testing.assert_close(outputs(found), outputs(tuned), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["vera", "lokr"])
+def test_peft_computes_with_the_nearest_of_a_lora_what_its_merge_computes(
+    pair, tmp_path: Path, variant: str
+) -> None:
+    base, one, _ = pair
+    done("convert", one, "-o", tmp_path / "out", "--to", variant, "--rank", 24)
+    done("merge", base.path, tmp_path / "out", "-o", tmp_path / "merged")
+    ours, theirs = (
+        outputs(base.load(tmp_path / "merged")),
+        outputs(unmerged_by_peft(base, tmp_path / "out")),
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert (ours - outputs(base.load())).abs().max() > 1e-3

@@ -22,6 +22,7 @@ from lorasurgery.place import check_apart, check_free, check_room, recover, writ
 from lorasurgery.report import Report, Result, manifest
 from lorasurgery.surgery import RunOptions
 
+_CONFIGS = ("adapter_config.json", "adapter.json")
 _HEADERS = 1 << 20  # config, header, surgery.json
 
 
@@ -45,6 +46,8 @@ class Outcome:
     total: Mapping[str, float]
     notes: tuple[str, ...] = ()
     started: float = field(default_factory=time.perf_counter)
+    # what is written, by folder of the output, where it is more than the one adapter
+    parts: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: RunOptions) -> Report:
@@ -53,25 +56,32 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
     Raises OutputError where it cannot be written, FormatError for what the layout cannot say.
     """
     name = form.dialect or layout_for(outcome.adapter)
-    adapter = as_written(outcome.adapter, name, form.dtype)
     dialect = cast(Dialect, plugins.load("dialects", name))
-    check_variants(adapter, name, dialect)
-    size = sum(map(nbytes, adapter.sites)) + sum(i.nbytes for i in adapter.replaced.values())
-    total = {**outcome.total, "parameters": parameters(adapter.sites), "bytes": size}
+    parts = outcome.parts or {".": outcome.adapter}
+    parts = {folder: as_written(part, name, form.dtype) for folder, part in parts.items()}
+    for part in parts.values():
+        check_variants(part, name, dialect)
+    size = sum(map(_size, parts.values()))
+    numbers = sum(parameters(part.sites) for part in parts.values())
+    total = {**outcome.total, "parameters": numbers, "bytes": size}
     report = Report(outcome.operation, outcome.results, 0.0, total, outcome.notes)
     if output is not None:
-        _write(outcome, report, (adapter, dialect, size), output, how)
+        _write(outcome, report, (parts, dialect, size), output, how)
     return replace(report, seconds=time.perf_counter() - outcome.started)
+
+
+def _size(adapter: Adapter) -> int:
+    return sum(map(nbytes, adapter.sites)) + sum(i.nbytes for i in adapter.replaced.values())
 
 
 def _write(
     outcome: Outcome,
     report: Report,
-    made: tuple[Adapter, Dialect, int],
+    made: tuple[Mapping[str, Adapter], Dialect, int],
     path: Path,
     how: RunOptions,
 ) -> None:
-    adapter, dialect, size = made
+    parts, dialect, size = made
     check_apart(path, outcome.inputs.values())
     with writing(path, "the output"):
         recover(path)
@@ -80,9 +90,11 @@ def _write(
     output = Output(path, (), "", replace(how.output, resume=False))
     try:
         with writing(output.partial, "the adapter"):
-            dialect.write(adapter, output.partial)
+            for folder, part in parts.items():
+                (output.partial / folder).mkdir(exist_ok=True)
+                dialect.write(part, output.partial / folder)
         seconds = time.perf_counter() - outcome.started
-        content = manifest_of(outcome, adapter, replace(report, seconds=seconds))
+        content = manifest_of(outcome, outcome.adapter, replace(report, seconds=seconds))
         output.commit({MANIFEST: content})
     except BaseException:
         output.abandon()
@@ -154,7 +166,7 @@ def base_fingerprint(inputs: Mapping[str, Path]) -> str | None:
 
 def _small(path: Path) -> bool:
     """Whether an input is an adapter: models are too large to be read once more for a digest."""
-    return path.is_file() or (path / "adapter_config.json").is_file()
+    return path.is_file() or any((path / name).is_file() for name in _CONFIGS)
 
 
 def digest(path: Path) -> str:

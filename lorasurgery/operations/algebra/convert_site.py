@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import numpy as np
 
-from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, AdapterConfig, Site, Variant
+from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.operations.activations.probe import Moment
 from lorasurgery.operations.activations.weighed import Cut, Product, cut_matrix
 from lorasurgery.operations.algebra.interference import inner
+from lorasurgery.operations.algebra.into import Form, Held, exactly, nearest_of
 from lorasurgery.operations.algebra.made import check_finite, kept, name_of, pair, variant_of
 from lorasurgery.operations.algebra.nearest import Aim, loss, nearest
 from lorasurgery.operations.algebra.site_weights import SiteWeights
 from lorasurgery.operations.algebra.subspace import square
 from lorasurgery.operations.algebra.svd import of_product, rank_for
-from lorasurgery.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +29,17 @@ class Conversion:
     """To which variant, with how much of each change, and the base's weights where they are given."""
 
     adapter: Adapter
-    to: str
+    form: Form
     aim: Aim
     weights: SiteWeights | None
     folded: bool = False  # a LoRA becomes one of scaling 1
-    moments: Mapping[str, Moment] | None = (
-        None  # of each site's inputs, where they weigh what is cut
-    )
+    residual: SiteWeights | None = None  # what the factors are added to, where it is not W
+    # of each site's inputs, where they weigh what is cut
+    moments: Mapping[str, Moment] | None = None
 
     @property
-    def target(self) -> Variant:
-        return cast(Variant, plugins.load("adapters", self.to))
+    def to(self) -> str:
+        return self.form.variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +69,20 @@ def convert_site(how: Conversion, site: Site) -> Converted:
         return Converted(site, True, {"energy": 1.0, "relative_error": 0.0})
     found = _as_lora(how, site, w)
     seen = _as_matrix(how, site)
-    made = kept(seen, found.a, found.b) if how.to == "lora" else _from_lora(how, seen, w, found)
-    metrics = _metrics(found.a.shape[-2], found.error2, found.norm2, found.weight2)
-    return Converted(made, found.exact, metrics | found.weighed)
+    if how.to == "lora":
+        made, error2, exact = kept(seen, found.a, found.b), found.error2, found.exact
+    else:
+        made, more = _from_lora(how, seen, w, found)
+        error2, exact = found.error2 + more, found.exact and not more
+    metrics = _metrics(made.config.rank, error2, found.norm2, found.weight2)
+    # errors of outputs are known of the LoRA alone
+    return Converted(made, exact, metrics | (found.weighed if error2 == found.error2 else {}))
 
 
 def _is_wanted(how: Conversion, site: Site) -> bool:
     """Whether nothing is asked of it but what it is."""
     asked = how.folded or how.aim.rank is not None or how.aim.energy is not None
-    return site.config.variant == how.to and not asked
+    return site.config.variant == how.to and not asked and how.residual is None
 
 
 def _metrics(rank: int, error2: float, norm2: float, w2: float | None) -> dict[str, float]:
@@ -90,6 +93,11 @@ def _metrics(rank: int, error2: float, norm2: float, w2: float | None) -> dict[s
 
 def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
     form = pair(site)
+    if form is not None and how.residual is not None:
+        assert w is not None, site
+        return _beside(how, site, w, form)
+    if form is None and w is not None and how.moments is None:
+        form = _on(site, w)
     if form is not None:
         check_finite(how.adapter, site, *form)
         weight2 = None if w is None else square(w + form[1] @ form[0])
@@ -110,6 +118,27 @@ def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
         return _as_cut(*cut_matrix(delta, how.aim, how.moments[name_of(site)]), weight2)
     a, b, error2, norm2 = nearest(delta, how.aim)
     return _AsLora(a, b, error2, norm2, exact=False, weight2=weight2)
+
+
+def _on(site: Site, w: Array) -> tuple[Array, Array] | None:
+    """The factors of a change that is low-rank once W is known, where the variant has such a form."""
+    low_rank_on = getattr(variant_of(site), "low_rank_on", None)
+    if low_rank_on is None or w.ndim != 2:
+        return None
+    found: tuple[Array, Array] = low_rank_on(w, site.load(), site.config)
+    return found
+
+
+def _beside(how: Conversion, site: Site, w: Array, form: tuple[Array, Array]) -> _AsLora:
+    """What turns W into the residual with B A on it: where a start of rank r was moved, of rank 2 r."""
+    assert how.residual is not None, site
+    merged = how.residual.read(site) + form[1] @ form[0]
+    delta = merged - w
+    check_finite(how.adapter, site, delta)
+    asked = how.aim.rank is not None or how.aim.energy is not None
+    aim = how.aim if asked else replace(how.aim, rank=2 * form[0].shape[-2])
+    a, b, error2, norm2 = nearest(delta, aim)
+    return _AsLora(a, b, error2, norm2, exact=False, weight2=square(merged))
 
 
 def needs_base(variant: str, to: str) -> UsageError:
@@ -183,26 +212,26 @@ def _as_matrix(how: Conversion, site: Site) -> Site:
     return replace(site, layout="linear", kernel=how.weights.kernel(site))
 
 
-def _from_lora(how: Conversion, site: Site, w: Array | None, found: _AsLora) -> Site:
-    target, a, b = how.target, found.a, found.b
-    if w is None and not target.LINEAR_IN_W:
+def _from_lora(how: Conversion, site: Site, w: Array | None, found: _AsLora) -> tuple[Site, float]:
+    """The site, and ||B A - what it does||²."""
+    a, b = found.a, found.b
+    if w is None and (how.form.bound or not how.form.module.LINEAR_IN_W):
         raise needs_base(site.config.variant, how.to)
     if a.ndim == 3:
         raise MatchError(
             f"{how.adapter.path}: {name_of(site)} is a stack of experts, and a {how.to} is of one matrix. Pass "
             "--experts single, or --to lora."
         )
+    form = how.form
+    if form.bound and how.weights:
+        form = form.with_extra(base=how.weights.digest(site))
     base = nothing((len(b), a.shape[1])) if w is None else w
-    factors = target.from_lora(base, a, b)
-    if factors is None:
+    held: Held | None = exactly(form, base, (a, b))
+    if held is None and not site.kernel:
+        held = nearest_of(form, base, b @ a, (a, b))
+    if held is None:
         raise MatchError(
             f"{how.adapter.path}: no factors of {how.to} make the change of {name_of(site)}. "
             "lorasurgery convert --explain shows what can become what."
         )
-    held = {name: np.ascontiguousarray(f, np.float32) for name, f in factors.items()}
-    infos = {name: TensorInfo(name, "F32", f.shape) for name, f in held.items()}
-    sides = (None, None) if {"A", "B"} <= held.keys() else (len(b), a.shape[1])
-    config = AdapterConfig(how.to, len(a), float(len(a)))
-    return replace(
-        site, config=config, factors=infos, load=lambda: held, sides=sides,
-    )  # fmt: skip
+    return held.at(site, (len(b), a.shape[1])), held.error2

@@ -9,6 +9,7 @@ import numpy as np
 
 from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig, Variant
+from lorasurgery.operations.algebra.into import Takes, takes
 
 # W is large enough for a product of rank r² to be of low rank
 _OUT, _IN, _RANK = 96, 80, 3
@@ -34,10 +35,14 @@ def _way(name: str) -> Way:
     base = "" if variant.LINEAR_IN_W else ", of the base"
     rank = _low_rank(name, variant)
     nearest = f"nearest of rank k{base}"
+    if hasattr(variant, "low_rank_on"):
+        nearest = f"exact at rank 2r{base}, or with --init"
+    if getattr(variant, "ROUTED", False):
+        nearest = "static mixture at rank N r, or an expert (--mixture)"
     return Way(
         name,
         _NAMES.get(rank, f"exact at rank {rank} for {_RANK}") if rank else nearest,
-        f"exact{base}" if _takes_lora(variant) else "no factors do",
+        _from_lora(name, base or (", of the base" if getattr(variant, "BOUND", False) else "")),
     )
 
 
@@ -52,10 +57,6 @@ def _low_rank(name: str, variant: Variant) -> int:
     return 0 if form is None else len(form[0])
 
 
-def _takes_lora(variant: Variant) -> bool:
-    rng = np.random.default_rng(0)
-    w, a, b = (
-        rng.standard_normal(shape).astype(np.float32)
-        for shape in ((_OUT, _IN), (_RANK, _IN), (_OUT, _RANK))
-    )
-    return variant.from_lora(w, a, b) is not None
+def _from_lora(name: str, base: str) -> str:
+    found = takes(name)
+    return found.value if found is Takes.NOTHING else f"{found.value}{base}"

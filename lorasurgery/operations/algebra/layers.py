@@ -28,6 +28,12 @@ class Layer:
     def kernel(self) -> tuple[int, ...]:
         return self.info.shape[2:] if self.layout == "linear" else ()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Out and in of a matrix, a convolution's flat."""
+        rows, columns = self.info.shape[0], math.prod(self.info.shape[1:])
+        return (columns, rows) if self.turned else (rows, columns)
+
     def seen(self, w: Array) -> Array:
         """The stored tensor as [out, in], or [experts, out, in]."""
         if self.layout != "experts":

@@ -11,6 +11,7 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
+from lorasurgery.operations._right_base import check_base, digest
 from lorasurgery.operations.algebra.made import name_of
 from lorasurgery.target import Share
 from lorasurgery.targets import resolve, unmatched
@@ -29,6 +30,20 @@ class SiteWeights:
         if len(shares) == 1 and shares[0].part.expert is None:
             return self._seen(shares[0], stack=site.layout == "experts")
         return self._stacked(shares)
+
+    def has(self, site: Site) -> bool:
+        """Whether the model has the parameter; some do nothing where it has not."""
+        return name_of(site) in self.shares
+
+    def digest(self, site: Site) -> str:
+        """The hash of W as it is stored. Raises MatchError where it lies in several tensors."""
+        first, *others = self.shares[name_of(site)]
+        if others or first.part.expert is not None or first.part.rows is not None:
+            raise MatchError(
+                f"{self.model.path}: {name_of(site)} lies in several tensors, or in a part of one, of which "
+                "no hash is kept. Merge it."
+            )
+        return digest(self.model, first.part.tensor)
 
     def kernel(self, site: Site) -> tuple[int, ...]:
         """Of a convolution."""
@@ -53,10 +68,11 @@ class SiteWeights:
 
 
 def site_weights(model: Model, adapter: Adapter) -> SiteWeights:
-    """Raises MatchError for a site that no tensor of the model holds."""
+    """Raises MatchError for a site that no tensor of the model holds, or that is for another model."""
     resolved = resolve(model, adapter)
     if problems := [*resolved.problems, *unmatched(model, resolved)]:
         raise MatchError(f"{adapter.path}: {problems[0].message}. Check --base.")
+    check_base(model, resolved)
     shares: dict[str, list[Share]] = {}
     for target in resolved.targets.values():
         for share in target.shares:

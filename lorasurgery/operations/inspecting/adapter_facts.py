@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint
+from lorasurgery.dialects._peft_lora_config import start_of
 from lorasurgery.operations.inspecting.source import Source
 
 # suffix -> the variant that has it, and the axis along which its size is the rank
@@ -43,6 +45,8 @@ _DIFFUSERS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "diff
 
 def adapter_facts(source: Source) -> dict[str, Any] | None:
     """None for what is no adapter."""
+    if source.adapter is not None:
+        return _as_read(source.adapter)
     config = source.documents.get("adapter_config.json", {})
     sites = _sites(source.stored)
     if not config and not sites:
@@ -60,7 +64,26 @@ def adapter_facts(source: Source) -> dict[str, Any] | None:
         "modules_to_save": config.get("modules_to_save") or [],
         "base": _base(source.stored.metadata, config),
     }
-    return facts | ({"config": dict(config)} if config else {})
+    start = start_of(config)
+    return (
+        facts | ({"start": start} if start else {}) | ({"config": dict(config)} if config else {})
+    )
+
+
+def _as_read(adapter: Adapter) -> dict[str, Any]:
+    """Of a layout whose names alone do not tell: what its dialect has read."""
+    configs = [site.config for site in adapter.sites]
+    return {
+        "layout": adapter.dialect,
+        "variant": ", ".join(sorted({c.variant for c in configs})) or "unknown",
+        "rank_stabilized": any(c.rank_stabilized for c in configs),
+        "ranks": dict(sorted(Counter(c.rank for c in configs).items())),
+        "alphas": sorted({c.alpha for c in configs}),
+        "modules": len({site.module for site in adapter.sites}),
+        "targets": sorted({site.module.rpartition(".")[2] for site in adapter.sites}),
+        "modules_to_save": list(adapter.replaced),
+        "base": adapter.base,
+    }
 
 
 def _sites(stored: Checkpoint) -> list[tuple[str, str]]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from lorasurgery import plugins
+from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, Format, open_checkpoint, read_json, weight_files
+from lorasurgery.dialects import ort_adapter, surgery
 
 DOCUMENTS = ("config.json", "adapter_config.json", "surgery.json")
 
@@ -21,14 +23,20 @@ class Source:
     stored: Checkpoint
     files: tuple[str, ...]
     documents: Mapping[str, Mapping[str, Any]]
+    adapter: Adapter | None = None  # of a layout whose names alone do not tell what it is
 
     @property
     def format(self) -> str:
+        if self.files[0].endswith(ort_adapter.SUFFIX):
+            return "onnx_adapter"
         return format_of(self.files[0])
 
 
 def open_source(path: Path) -> Source:
     """A directory or a file on this machine; headers alone are read."""
+    if ort_adapter.detect(path):
+        found = ort_adapter.stored(path)
+        return Source(str(path), found, (found.path.name,), {}, ort_adapter.read(path))
     stored = open_checkpoint(path)
     files, home, beside = [path], path.parent, list(DOCUMENTS)
     if path.is_dir():
@@ -38,7 +46,8 @@ def open_source(path: Path) -> Source:
     else:
         beside = []  # one shard, or a file that says all by itself
     documents = {n: read_json(home / n) for n in beside if (home / n).exists()}
-    return Source(str(path), stored, tuple(f.name for f in files), documents)
+    adapter = surgery.read(path) if surgery.detect(path) else None
+    return Source(str(path), stored, tuple(f.name for f in files), documents, adapter)
 
 
 def format_of(file: str) -> str:
