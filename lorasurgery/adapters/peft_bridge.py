@@ -17,7 +17,7 @@ import numpy as np
 
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.adapters import _peft_drawn as drawn  # noqa: F401 - dialects reach it from here
-from lorasurgery.errors import MatchError, UsageError
+from lorasurgery.errors import MatchError, UsageError, ValueRangeError
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,12 @@ def _fresh(w: Tensor, config: AdapterConfig) -> dict[str, Tensor]:
 
 
 def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Any:
-    """Raises MatchError for a factor that PEFT's layer has not, or has and was not given."""
+    """Raises MatchError for a factor that PEFT's layer has not, or has and was not given, ValueRangeError for nan."""
+    for name, factor in factors.items():
+        if not factor.isfinite().all():
+            raise ValueRangeError(
+                f"{_module(config)}: {name.lstrip('/')} holds nan or inf. Look for it in the adapter."
+            )
     model = _adapted(w, config)
     own = f"{_PREFIX}{_module(config)}."
     state = _peft().get_peft_model_state_dict(model)
