@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def layers(
     config: Mapping[str, Any], targeted: Callable[[str], bool]
-) -> dict[str, tuple[int, int]]:
-    """A model's targeted layers in their order, and their [out, in]. Raises MatchError."""
+) -> dict[str, tuple[str, tuple[int, int]]]:
+    """A model's targeted layers in their order, their class and their [out, in]. Raises MatchError."""
     import torch
 
     named = (config.get("architectures") or [None])[0]
@@ -35,9 +35,8 @@ def layers(
     found = {}
     for path, module in model.named_modules():
         if targeted(path) and hasattr(module, "weight") and module.weight.ndim == 2:
-            turned = type(module).__name__ == "Conv1D"
-            rows, columns = module.weight.shape
-            found[path] = (columns, rows) if turned else (rows, columns)
+            kind, (rows, columns) = type(module).__name__, module.weight.shape
+            found[path] = kind, (columns, rows) if kind == "Conv1D" else (rows, columns)
     return found
 
 

@@ -3,7 +3,7 @@
 extra['settings'] is the adapter_config.json, extra['module'] the path; factors have PEFT's names below the
 module, or with a slash in front from the top, for what modules share. extra['widest'] is the size of the
 largest module where what they share is as large, extra['biased'] says that the layer has a bias, and
-extra['weight'] gives the weight where W is that bias. Needs the extra `peft`.
+extra['weight'] gives the weight where W is that bias, and extra['shape'] is a convolution's. Needs the extra `peft`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.adapters import _peft_drawn as drawn  # noqa: F401 - dialects reach it from here
-from lorasurgery.errors import MatchError, UsageError
+from lorasurgery.errors import MatchError, UsageError, ValueRangeError
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,11 @@ def _layer(w: Tensor, config: AdapterConfig) -> torch.nn.Module:
 
     if config.extra.get("embedding"):
         return torch.nn.Embedding(w.shape[0], w.shape[1], _weight=w.detach().clone())
+    if shape := cast("tuple[int, ...]", config.extra.get("shape", ())):
+        kind = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[len(shape) - 3]
+        convolution = kind(shape[1], shape[0], shape[2:], bias=False)  # type: ignore[arg-type]
+        convolution.weight.data = w.detach().clone().reshape(shape)
+        return convolution
     if not config.extra.get("bias"):
         bias = torch.zeros(len(w)) if config.extra.get("biased") else None
         return _linear(w.detach().clone(), bias)
@@ -180,7 +185,12 @@ def _fresh(w: Tensor, config: AdapterConfig) -> dict[str, Tensor]:
 
 
 def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Any:
-    """Raises MatchError for a factor that PEFT's layer has not, or has and was not given."""
+    """Raises MatchError for a factor that PEFT's layer has not, or has and was not given, ValueRangeError for nan."""
+    for name, factor in factors.items():
+        if not factor.isfinite().all():
+            raise ValueRangeError(
+                f"{_module(config)}: {name.lstrip('/')} holds nan or inf. Look for it in the adapter."
+            )
     model = _adapted(w, config)
     own = f"{_PREFIX}{_module(config)}."
     state = _peft().get_peft_model_state_dict(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +25,15 @@ _WIDEST = {
     "PVERA": (("pvera_B", 0), ("pvera_A", 1)),
 }
 
+# types with layers for convolutions
+_CONVOLVED = ("BOFT", "HRA", "HIRA")
+
 
 def incomplete(adapter: Adapter, source: Checkpoint, shared: Mapping[str, TensorInfo]) -> Adapter:
     """The adapter with what completes it, if anything must."""
     kind = str(adapter.settings["peft_type"]).upper()
     if kind in _WIDEST:
-        stored = [shared.get(f"/base_model.{name}") for name, _ in _WIDEST[kind]]
-        sizes = [
-            info.shape[at]
-            for info, (_, at) in zip(stored, _WIDEST[kind], strict=True)
-            if info is not None and len(info.shape) > at
-        ]
-        if len(sizes) == len(stored):
-            return _with(adapter, lambda _: {"widest": tuple(sizes)})
-        return _waiting(adapter, "its projections are drawn for the widest module", _widest)
+        return _projected(adapter, [shared.get(f"/base_model.{name}") for name, _ in _WIDEST[kind]])
     if kind == "FROD" and not shared:
         raise MatchError(
             f"{adapter.path}: save_projection is false: frod_V is made of the base's weights of all layers "
@@ -49,11 +44,28 @@ def incomplete(adapter: Adapter, source: Checkpoint, shared: Mapping[str, Tensor
     if kind == "UNILORA" and not adapter.sites:
         complete = _unilora(source, shared)
         return replace(adapter, complete=lambda base: complete(adapter, base))
+    if kind in _CONVOLVED:
+        return replace(
+            adapter, complete=lambda base: replace(_kernels(adapter, base), complete=None)
+        )
     if any(site.config.extra.get("biased") for site in adapter.sites):
         return _waiting(
             adapter, "its change of a bias is made of the weight", _weights, only="bias"
         )
     return adapter
+
+
+def _projected(adapter: Adapter, stored: Sequence[TensorInfo | None]) -> Adapter:
+    """With the size of the widest module, which its projections have if they are stored."""
+    sides = _WIDEST[str(adapter.settings["peft_type"]).upper()]
+    sizes = [
+        info.shape[at]
+        for info, (_, at) in zip(stored, sides, strict=True)
+        if info is not None and len(info.shape) > at
+    ]
+    if len(sizes) == len(stored):
+        return _with(adapter, lambda _: {"widest": tuple(sizes)})
+    return _waiting(adapter, "its projections are drawn for the widest module", _widest)
 
 
 def _waiting(
@@ -89,6 +101,17 @@ def _widest(adapter: Adapter, base: BaseFacts) -> Adapter:
     return _with(adapter, lambda _: {"widest": widest})
 
 
+def _kernels(adapter: Adapter, base: BaseFacts) -> Adapter:
+    """Convolutions are seen flat, and PEFT's layers are of their own shape."""
+    found = base.shapes([f"{site.module}.weight" for site in adapter.sites])
+
+    def shape(site: Site) -> dict[str, object]:
+        of = found.get(f"{site.module}.weight", ())
+        return {"shape": of} if len(of) > 2 else {}
+
+    return _with(adapter, shape)
+
+
 def _weights(adapter: Adapter, base: BaseFacts) -> Adapter:
     def weight(module: str) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
@@ -104,9 +127,10 @@ def _weights(adapter: Adapter, base: BaseFacts) -> Adapter:
     )
 
 
-def _order(adapter: Adapter, base: BaseFacts) -> dict[str, tuple[int, int]]:
+def _order(adapter: Adapter, base: BaseFacts) -> dict[str, tuple[str, tuple[int, int]]]:
+    """The class and the size of each module, in the model's order."""
     settings = adapter.settings
-    found: dict[str, tuple[int, int]] = _drawn().layers(
+    found: dict[str, tuple[str, tuple[int, int]]] = _drawn().layers(
         base.config, lambda path: _peft_lora_config.targeted(settings, path)
     )
     return found
@@ -119,7 +143,8 @@ def _drawn() -> Any:
 
 def _tinylora(adapter: Adapter, base: BaseFacts) -> Adapter:
     """Each module with its own vector, and with the seed that its projection is drawn with."""
-    order, settings = list(_order(adapter, base)), adapter.settings
+    found, settings = _order(adapter, base), adapter.settings
+    order = list(found)
     top = "/base_model.tinylora_v."
 
     def own(site: Site) -> Site:
@@ -133,11 +158,14 @@ def _tinylora(adapter: Adapter, base: BaseFacts) -> Adapter:
         kept = {n: new for n, new in names.items() if not new.startswith(top) or n == group}
         drawn = int(settings.get("projection_seed", 42)) + order.index(site.module)
         said = {**settings, "projection_seed": drawn, "weight_tying": 0.0}
+        embedding = found[site.module][0] == "Embedding"
+        extra = {**site.config.extra, "settings": said, "embedding": embedding}
         return replace(
             site,
+            layout="embedding" if embedding else site.layout,
             factors={new: site.factors[n] for n, new in kept.items()},
             load=lambda: {new: site.load()[n] for n, new in kept.items()},
-            config=replace(site.config, extra={**site.config.extra, "settings": said}),
+            config=replace(site.config, extra=extra),
         )
 
     return replace(adapter, sites=tuple(map(own, adapter.sites)))
@@ -149,7 +177,7 @@ def _unilora(
     """Sites for all modules that the config names, with what is drawn for each."""
 
     def complete(adapter: Adapter, base: BaseFacts) -> Adapter:
-        sizes = _order(adapter, base)
+        sizes = {path: size for path, (_, size) in _order(adapter, base).items()}
         drawn = _drawn().unilora(adapter.settings, sizes)
         settings = {**adapter.settings, "save_indices": True}
         return replace(

@@ -161,7 +161,7 @@ def _sites(
     biased = any(name.startswith(("glora_C.X", "glora_D.X", "glora_E.X")) for name in keys)
     facts = {"settings": config, "module": module, "biased": biased}
     layout = "linear"
-    if kind == "TRAINABLE_TOKENS":
+    if kind == "TRAINABLE_TOKENS" or any("_embedding_" in name for name in keys):
         facts["embedding"], layout = True, "embedding"
     turned = bool(config.get("fan_in_fan_out"))
     said = AdapterConfig("peft_bridge", 1, 1.0, extra=facts)
