@@ -16,9 +16,9 @@ from lorasurgery.adapter import AdapterConfig
 from lorasurgery.cli.app import app
 from lorasurgery.dialects import diffusers, gguf_lora, kohya, peft
 from lorasurgery.errors import UnknownNameError
-from lorasurgery.operations._features import features
-from lorasurgery.operations._runtimes import RUNTIMES
 from lorasurgery.operations.lint import lint
+from lorasurgery.operations.runtimes.claims import RUNTIMES
+from lorasurgery.operations.runtimes.features import features
 from lorasurgery.tensors import TensorInfo
 
 

@@ -20,7 +20,7 @@ from lorasurgery.cli._sizes import ranks
 from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorasurgery.operations._lattice import Way
+    from lorasurgery.operations.algebra.lattice import Way
 
 
 def command(
@@ -70,9 +70,9 @@ def command(
         lorasurgery convert my-dora --base org/model -o my-lora --to lora --rank 32
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._adapter_output import AdapterFormat
-    from lorasurgery.operations._lattice import lattice
-    from lorasurgery.operations._nearest import Aim
+    from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.lattice import lattice
+    from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
     from lorasurgery.tensors import DTYPE_NAMES

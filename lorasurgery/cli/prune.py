@@ -49,7 +49,7 @@ def command(
         lorasurgery prune my-lora -o smaller --budget 10MiB
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.adapter_output import AdapterFormat
     from lorasurgery.operations.prune import PruneOptions, prune
     from lorasurgery.tensors import DTYPE_NAMES
 

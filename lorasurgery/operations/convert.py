@@ -11,13 +11,18 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Site
 from lorasurgery.errors import UsageError
 from lorasurgery.model import open_model
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._convert_site import Conversion, Converted, convert_site
-from lorasurgery.operations._made import each, kept, name_of, nbytes, usable, with_sites
-from lorasurgery.operations._nearest import Aim, check_rank, total
-from lorasurgery.operations._site_weights import site_weights
-from lorasurgery.operations._svd import padded
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
+from lorasurgery.operations.algebra.made import each, kept, name_of, nbytes, usable, with_sites
+from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
+from lorasurgery.operations.algebra.site_weights import site_weights
+from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 

@@ -8,10 +8,15 @@ from pathlib import Path
 
 from lorasurgery.adapter import Site
 from lorasurgery.model import open_model
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._fit import fit
-from lorasurgery.operations._made import name_of, nbytes, usable
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.made import name_of, nbytes, usable
+from lorasurgery.operations.runtimes.fit import fit
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 

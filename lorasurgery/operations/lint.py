@@ -10,8 +10,8 @@ from lorasurgery.adapter import Adapter
 from lorasurgery.errors import UnknownNameError, VerificationError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._features import Feature, features
-from lorasurgery.operations._runtimes import RUNTIMES, Claim, Runtime, Verdict
+from lorasurgery.operations.runtimes.claims import RUNTIMES, Claim, Runtime, Verdict
+from lorasurgery.operations.runtimes.features import Feature, features
 from lorasurgery.plugins import suggestion
 
 

@@ -15,10 +15,14 @@ from lorasurgery.arrays import Array
 from lorasurgery.edit import tile_rows
 from lorasurgery.errors import UsageError
 from lorasurgery.model import Model, open_model
-from lorasurgery.operations import _ranks
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._made import (
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.made import (
     each,
     lora_site,
     low_rank,
@@ -27,10 +31,10 @@ from lorasurgery.operations._made import (
     usable,
     with_sites,
 )
-from lorasurgery.operations._nearest import check_energy, check_rank, loss, total
-from lorasurgery.operations._ranks import Spectrum
-from lorasurgery.operations._site_weights import site_weights
-from lorasurgery.operations._svd import of_product, singular_values
+from lorasurgery.operations.algebra.nearest import check_energy, check_rank, loss, total
+from lorasurgery.operations.algebra.ranks import Spectrum, at_most, keeping, spectrum_of, within
+from lorasurgery.operations.algebra.site_weights import site_weights
+from lorasurgery.operations.algebra.svd import of_product, singular_values
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import TILE_BYTES, RunOptions
 from lorasurgery.tensors import BITS
@@ -107,18 +111,16 @@ def _spectrum(adapter: Adapter, site: Site) -> Spectrum:
     # PEFT has a bias only beside a LoRA
     least = int(f"{site.module}.bias" in adapter.added)
     cost = experts * (a.shape[-1] + b.shape[-2])
-    return Spectrum(
-        name_of(site), _ranks.spectrum_of(values), cost, (a.shape, b.shape), least=least
-    )
+    return Spectrum(name_of(site), spectrum_of(values), cost, (a.shape, b.shape), least=least)
 
 
 def _plan(spectra: Sequence[Spectrum], options: PruneOptions) -> list[int]:
     if options.rank is not None:
-        return _ranks.at_most(spectra, options.rank, options.allowed_ranks)
+        return at_most(spectra, options.rank, options.allowed_ranks)
     if options.energy is not None:
-        return _ranks.keeping(spectra, options.energy, options.allowed_ranks)
+        return keeping(spectra, options.energy, options.allowed_ranks)
     assert options.budget is not None
-    return _ranks.within(spectra, options.budget, options.allowed_ranks)
+    return within(spectra, options.budget, options.allowed_ranks)
 
 
 def _cut(adapter: Adapter, site: Site, spectrum: Spectrum, rank: int) -> Site:
