@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_rows import Sides, benches, layer
-from benchmarks.rows import Row, Side
+from benchmarks.racing import Row, Side
 from benchmarks.run import PEERS, installed
 from lorasurgery.operations.diagnosis.self_test import SelfTest, self_test
 

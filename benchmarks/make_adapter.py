@@ -18,7 +18,7 @@ RANK, ALPHA = 16, 32
 DEVIATION_OF_B = 2e-3
 # the norm of a row of such a weight is about 0.02 √in; a magnitude is that, give or take a hundredth
 DEVIATION_OF_M = 1e-2
-VERA_RANK = 256  # PEFT's own choice
+VERA_RANK = 256  # PEFT's own choice, where a weight is that large
 KINDS = ("lora", "dora", "adalora", "vera")
 
 Factors = dict[str, Array]
@@ -27,16 +27,17 @@ Factors = dict[str, Array]
 def make(shape: Shape, output: Path, kind: str = "lora") -> None:
     """adapter_model.safetensors and adapter_config.json."""
     output.mkdir(parents=True, exist_ok=True)
-    factors: Factors = _projections(shape) if kind == "vera" else {}
+    rank = min(VERA_RANK, *(side for size in linears(shape).values() for side in size))
+    factors: Factors = _projections(shape, rank) if kind == "vera" else {}
     for name, (out, in_) in linears(shape).items():
         rng = np.random.default_rng(zlib.crc32(f"{name} lora".encode()))
-        made = _vera(rng, out) if kind == "vera" else _lora(rng, out, in_, kind)
+        made = _vera(rng, out, rank) if kind == "vera" else _lora(rng, out, in_, kind)
         factors |= {f"base_model.model.{name}.{end}": factor for end, factor in made.items()}
     save_file(factors, output / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] for name in linears(shape)}),
-        **_settings(kind),
+        **_settings(kind, rank),
     }  # fmt: skip
     (output / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -55,25 +56,25 @@ def _lora(rng: np.random.Generator, out: int, in_: int, kind: str) -> Factors:
     return found
 
 
-def _projections(shape: Shape) -> Factors:
+def _projections(shape: Shape, rank: int) -> Factors:
     """The two that all modules share, as wide as the widest."""
     sizes = linears(shape).values()
     widest_in, widest_out = max(in_ for _, in_ in sizes), max(out for out, _ in sizes)
     rng = np.random.default_rng(0)
-    a = rng.standard_normal((VERA_RANK, widest_in), dtype=np.float32) / np.float32(widest_in) ** 0.5
-    b = rng.standard_normal((widest_out, VERA_RANK), dtype=np.float32) / np.float32(16)
+    a = rng.standard_normal((rank, widest_in), dtype=np.float32) / np.float32(widest_in) ** 0.5
+    b = rng.standard_normal((widest_out, rank), dtype=np.float32) / np.float32(16)
     return {"base_model.vera_A": a.astype(np.float32), "base_model.vera_B": b}
 
 
-def _vera(rng: np.random.Generator, out: int) -> Factors:
-    d = 0.1 + rng.standard_normal(VERA_RANK, dtype=np.float32) / 50
+def _vera(rng: np.random.Generator, out: int, rank: int) -> Factors:
+    d = 0.1 + rng.standard_normal(rank, dtype=np.float32) / 50
     b = rng.standard_normal(out, dtype=np.float32) / 50
     return {"vera_lambda_d": d.astype(np.float32), "vera_lambda_b": b}
 
 
-def _settings(kind: str) -> dict[str, object]:
+def _settings(kind: str, rank: int) -> dict[str, object]:
     if kind == "vera":
-        return {"peft_type": "VERA", "r": VERA_RANK, "save_projection": True, "bias": "none"}
+        return {"peft_type": "VERA", "r": rank, "save_projection": True, "bias": "none"}
     shared = {"lora_alpha": ALPHA, "lora_dropout": 0.0, "bias": "none"}
     if kind == "adalora":
         # PEFT wants to know how long the training was

@@ -111,8 +111,8 @@ def _add(drawn: Array, start: int, factors: tuple[Array, Array]) -> Array:
     columns = a.shape[1]
     rows = slice(start // columns, (start + len(drawn)) // columns)
     base = drawn.astype(ml_dtypes.bfloat16).astype(np.float32)
-    total: Array = base + (b[rows] @ a).reshape(-1)
-    return total
+    moved: Array = base + (b[rows] @ a).reshape(-1)
+    return moved
 
 
 def make(shape: Shape, output: Path, *, tuned: bool = False) -> None:

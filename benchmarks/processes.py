@@ -36,6 +36,7 @@ class Run:
     peak_mib: float
     code: int
     stdout: str
+    stderr: str
 
 
 class CommandError(RuntimeError):
@@ -55,7 +56,7 @@ def run(command: Sequence[str | Path], codes: tuple[int, ...] = (0,)) -> Run:
     if child.returncode not in codes:
         words = " ".join(str(part) for part in command)
         raise CommandError(f"{words}: exit code {child.returncode}\n{(stderr or stdout)[-3000:]}")
-    return Run(seconds, usage.ru_maxrss / MIB, child.returncode, stdout)
+    return Run(seconds, usage.ru_maxrss / MIB, child.returncode, stdout, stderr)
 
 
 def _text(file: IO[bytes]) -> str:

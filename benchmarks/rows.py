@@ -1,92 +1,15 @@
-"""The rows of the table: what is run, against what, and how the two results are held to each other."""
+"""The rows of the table: what is run, and against what."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.processes import Run, run
-
-PEERS = Path(__file__).with_name("peers")
-OURS = (sys.executable, "-m", "lorasurgery")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Where the inputs lie, and how often each side runs."""
-
-    base: Path
-    adapter: Path
-    dora: Path
-    scratch: Path
-    repeats: int
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One contender: all its samples."""
-
-    name: str
-    seconds: Sequence[float]
-    peak_mib: Sequence[float] = ()
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def peak(self) -> float | None:
-        return statistics.median(self.peak_mib) if self.peak_mib else None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One comparison; the first side is ours."""
-
-    name: str
-    sides: tuple[Side, ...]
-
-    def ratio(self, peer: Side) -> float:
-        """How many times longer the peer takes."""
-        return peer.median / self.sides[0].median
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A command to time; `output` is removed before each run."""
-
-    name: str
-    command: Sequence[str | Path]
-    output: Path | None = None
-
-
-def alternate(name: str, contenders: Sequence[Contender], repeats: int) -> Row:
-    """A B A B ...: each in a fresh process, with what the one before it wrote flushed to disk."""
-    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
-    for _ in range(repeats):
-        for contender in contenders:
-            if contender.output:
-                shutil.rmtree(contender.output, ignore_errors=True)
-            os.sync()
-            runs[contender.name].append(run(contender.command))
-    return Row(
-        name,
-        tuple(
-            Side(who, [r.seconds for r in of], [r.peak_mib for r in of]) for who, of in runs.items()
-        ),
-    )
-
-
-def compare(contenders: Sequence[Contender], how: str) -> None:
-    """No number on a wrong result."""
-    ours, theirs = (c.output for c in contenders[:2])
-    run((sys.executable, "-m", "benchmarks.compare", str(ours), str(theirs), how))
+from benchmarks import adapter_rows
+from benchmarks.processes import run
+from benchmarks.racing import OURS, PEERS, Contender, Row, Setting, Side, alternate, compare
 
 
 def nf4(setting: Setting) -> Row:
@@ -171,7 +94,7 @@ def extract(setting: Setting) -> Row:
 
 
 def _smaller(setting: Setting, which: str, name: str) -> Row:
-    size = json.loads((setting.base / "config.json").read_text())["hidden_size"]
+    size = setting.hidden
     done = run((sys.executable, "-m", "benchmarks.svd_in_process", str(setting.repeats), str(size)))
     times = json.loads(done.stdout)[which]
     sides = Side("lorasurgery", times["ours"]), Side("torch.linalg.svd", times["peer"])
@@ -200,5 +123,8 @@ def inspect(setting: Setting) -> Row:
 ROWS: dict[str, Callable[[Setting], Row]] = {
     "nf4": nf4, "dequantize-kernel": dequantize_kernel, "merge-kernel": merge_kernel,
     "matvec-kernel": matvec_kernel, "quantize": quantize, "merge": merge,
-    "merge-dora": merge_dora, "prune": prune, "extract": extract, "help": help_, "inspect": inspect,
+    "merge-dora": merge_dora, "vera": adapter_rows.convert_vera,
+    "adalora": adapter_rows.convert_adalora, "vera-kernel": adapter_rows.vera_in_process,
+    "adalora-kernel": adapter_rows.adalora_in_process, "prune": prune, "extract": extract,
+    "extract-files": adapter_rows.extract_files, "help": help_, "inspect": inspect,
 }  # fmt: skip

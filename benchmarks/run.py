@@ -11,25 +11,38 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.processes import run
-from benchmarks.rows import ROWS, Row, Setting
+from benchmarks.racing import Row, Setting
+from benchmarks.rows import ROWS
 
 HERE = Path(__file__).parent
 SCRATCH = HERE.parent / "bench-out"
-PEERS = ("torch", "transformers", "bitsandbytes", "peft", "safetensors", "numpy", "numba")
+PEERS = (
+    "torch", "transformers", "bitsandbytes", "peft", "mergekit", "safetensors", "numpy", "numba",
+)  # fmt: skip
 
 
-def prepare(shape: str, scratch: Path, repeats: int) -> Setting:
-    """The base and its adapter, made once and then kept."""
-    base, adapter, dora = (scratch / f"{shape}{end}" for end in ("", "-lora", "-dora"))
-    if not (base / "model.safetensors").exists():
-        say(f"making {base}")
-        run((sys.executable, "-m", "benchmarks.make_model", shape, base))
-    if not (adapter / "adapter_model.safetensors").exists():
-        run((sys.executable, "-m", "benchmarks.make_adapter", shape, adapter))
-    if not (dora / "adapter_model.safetensors").exists():
-        run((sys.executable, "-m", "benchmarks.make_adapter", shape, dora, "--dora"))
-    warm(base / "model.safetensors")
-    return Setting(base, adapter, dora, scratch / "runs", repeats)
+def prepare(shape: str, part: str, scratch: Path, repeats: int) -> Setting:
+    """The bases and their adapters, made once and then kept."""
+    models, adapters = "benchmarks.make_model", "benchmarks.make_adapter"
+    base = made(scratch, shape, models, shape)
+    lora = made(scratch, f"{shape}-lora", adapters, shape)
+    dora = made(scratch, f"{shape}-dora", adapters, shape, "--kind", "dora")
+    smaller = made(scratch, part, models, part)
+    tuned = made(scratch, f"{part}-tuned", models, part, "--tuned")
+    for kind in ("vera", "adalora"):
+        made(scratch, f"{part}-{kind}", adapters, part, "--kind", kind)
+    for model in (base, smaller, tuned):
+        warm(model / "model.safetensors")
+    return Setting(base, lora, dora, smaller, scratch / "runs", repeats)
+
+
+def made(scratch: Path, name: str, module: str, shape: str, *options: str) -> Path:
+    """A directory of this name; its weights are what is written last."""
+    path = scratch / name
+    if not any((path / f"{kind}.safetensors").exists() for kind in ("model", "adapter_model")):
+        say(f"making {path}")
+        run((sys.executable, "-m", module, shape, path, *options))
+    return path
 
 
 def warm(file: Path) -> None:
@@ -106,7 +119,8 @@ def main() -> None:
     options = parser.parse_args()
     shape = "toy" if options.small else "llama-1b"
     default = options.scratch / "toy.json" if options.small else HERE / "results" / "cpu.json"
-    setting = prepare(shape, options.scratch, options.repeats)
+    part = "toy" if options.small else "llama-1b-part"
+    setting = prepare(shape, part, options.scratch, options.repeats)
     rows = []
     for name in options.only or ROWS:
         say(f"running {name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from types import ModuleType
 
 from lorasurgery.errors import UnknownNameError
@@ -18,10 +19,13 @@ def names(kind: str) -> list[str]:
 
 def load(kind: str, name: str) -> ModuleType:
     """Import the module that goes by this name, or say which names there are."""
+    path = f"lorasurgery.{kind}.{name}"
+    if path in sys.modules and not name.startswith("_"):
+        return sys.modules[path]  # the folder need not be listed once more
     known = names(kind)
     if name not in known:
         raise UnknownNameError(f"{kind}: no {name!r}. {suggestion(name, known)}")
-    return importlib.import_module(f"lorasurgery.{kind}.{name}")
+    return importlib.import_module(path)
 
 
 def suggestion(name: str, known: list[str]) -> str:

@@ -15,6 +15,8 @@ from lorasurgery.operations.diagnosis import self_test
 ROOT = Path(__file__).parents[1]
 
 
+# it starts each peer once
+@pytest.mark.timeout(1200)
 def test_every_row_runs_on_a_toy_model_and_both_sides_agree(tmp_path):
     output = tmp_path / "toy.json"
     command = [sys.executable, "-m", "benchmarks.run", "--small", "--repeats", "1"]

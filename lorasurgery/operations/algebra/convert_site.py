@@ -5,6 +5,7 @@ Every way leads through LoRA. A variant whose change is no product of small fact
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -64,9 +65,9 @@ class _AsLora:
 
 def convert_site(how: Conversion, site: Site) -> Converted:
     """Raises UsageError where the base is needed, MatchError where there is no way."""
-    w = how.weights.read(site) if how.weights else None
     if _is_wanted(how, site):
         return Converted(site, True, {"energy": 1.0, "relative_error": 0.0})
+    w = how.weights.read(site) if how.weights and _depends(how, site) else None
     found = _as_lora(how, site, w)
     seen = _as_matrix(how, site)
     if how.to == "lora":
@@ -74,7 +75,9 @@ def convert_site(how: Conversion, site: Site) -> Converted:
     else:
         made, more = _from_lora(how, seen, w, found)
         error2, exact = found.error2 + more, found.exact and not more
-    metrics = _metrics(made.config.rank, error2, found.norm2, found.weight2)
+    # nothing is lost of a W' that was not looked at, however large it is
+    weight2 = math.inf if how.weights and w is None else found.weight2
+    metrics = _metrics(made.config.rank, error2, found.norm2, weight2)
     # errors of outputs are known of the LoRA alone
     return Converted(made, exact, metrics | (found.weighed if error2 == found.error2 else {}))
 
@@ -83,6 +86,14 @@ def _is_wanted(how: Conversion, site: Site) -> bool:
     """Whether nothing is asked of it but what it is."""
     asked = how.folded or how.aim.rank is not None or how.aim.energy is not None
     return site.config.variant == how.to and not asked and how.residual is None
+
+
+def _depends(how: Conversion, site: Site) -> bool:
+    """Whether W decides anything: to a LoRA, a closed form that nothing is cut of is free of it."""
+    form = pair(site)
+    if form is None or how.to != "lora" or how.aim.energy is not None or how.residual is not None:
+        return True
+    return how.aim.rank is not None and how.aim.rank < form[0].shape[-2]
 
 
 def _metrics(rank: int, error2: float, norm2: float, w2: float | None) -> dict[str, float]:

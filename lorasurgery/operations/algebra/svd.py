@@ -13,7 +13,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 
-_OVERSAMPLE, _ITERATIONS = 8, 4
+_OVERSAMPLE, _ITERATIONS = 16, 4
 
 
 @dataclass(frozen=True, slots=True)
