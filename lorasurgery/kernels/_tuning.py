@@ -65,6 +65,16 @@ def tuned(
     launch(_chosen(name, configs, data, trial or launch))
 
 
+def of_32_threads(configs: Sequence[Config]) -> tuple[Config, ...]:
+    """Where warps have 64 threads (AMD), half as many of them: a thread loads as many bytes of codes everywhere."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret or driver.active.get_current_target().warp_size == 32:
+        return tuple(configs)
+    return tuple(Config({**config, "num_warps": config["num_warps"] // 2}) for config in configs)
+
+
 def _chosen(name: str, configs: Sequence[Config], data: Sequence[Any], launch: Launch) -> Config:
     import torch
     import triton
