@@ -65,8 +65,13 @@ class Resolved:
     problems: tuple[Problem, ...]
 
 
-def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
-    """Lay one adapter upon a model; nothing is raised, all that does not fit is a problem."""
+def resolve(
+    model: Model, adapter: Adapter, weight: float = 1.0, *, routed: bool = False
+) -> Resolved:
+    """Lay one adapter upon a model; nothing is raised, all that does not fit is a problem.
+
+    `routed`: what depends on the token has a place too, where it is not to be merged.
+    """
     adapter = completed(model, adapter)
     live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
     names = Names(model.weights, [*live, *adapter.replaced, *adapter.added])
@@ -74,8 +79,8 @@ def resolve(model: Model, adapter: Adapter, weight: float = 1.0) -> Resolved:
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
     for name, site in zip(live, adapter.sites, strict=True):
-        if routed := _routed(site):
-            problems.append(routed)
+        if not routed and (problem := _routed(site)):
+            problems.append(problem)
             continue
         parts = names.parts(name, site.size[0] or 0, site.experts)
         if not parts and not site.optional:

@@ -22,6 +22,12 @@ class LanguageModel:
     path: Path
     model: Any
     tokenizer: Any
+    adapter: Path | None = None  # laid upon it, not merged
+
+    @property
+    def name(self) -> str:
+        """What it is made of."""
+        return f"{self.path} + {self.adapter}" if self.adapter else str(self.path)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [length] -> float32 [length, vocabulary]."""
@@ -51,8 +57,12 @@ class LanguageModel:
         return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def load(path: Path, dtype: str = "float32") -> LanguageModel:
-    """Raises UsageError where the extra is missing, FormatError for what transformers cannot load."""
+def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> LanguageModel:
+    """With an adapter beside it, if one is given.
+
+    Raises UsageError where the extra is missing, FormatError for what transformers cannot load, and
+    what an adapter that does not fit raises.
+    """
     if find_spec("transformers") is None:
         raise UsageError(
             "transformers runs the model, and is not installed. Run `pip install lorasurgery[train]`."
@@ -69,7 +79,19 @@ def load(path: Path, dtype: str = "float32") -> LanguageModel:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FormatError(f"{path}: transformers cannot load it ({reason}).") from None
-    return LanguageModel(path, model, tokenizer)
+    if adapter is not None:
+        from lorasurgery.training.live import add_adapter
+
+        add_adapter(model, path, adapter)
+    return LanguageModel(path, model, tokenizer, adapter)
+
+
+def windows(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """(where it starts, tokens) of windows without overlap; what follows alone in the last is left out."""
+    for start in range(0, len(tokens) - 1, size):
+        part = tokens[start : start + size]
+        if len(part) > 1:
+            yield start, part
 
 
 @contextmanager

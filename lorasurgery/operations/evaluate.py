@@ -6,13 +6,12 @@ perplexity = exp(mean -log p(token | those before it in its window)); KL(A || B)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import FormatError
-from lorasurgery.operations._language_model import LanguageModel, load
+from lorasurgery.operations._language_model import LanguageModel, windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +33,16 @@ class Evaluation:
 
 
 def evaluate(
-    model: Path, other: Path | None, text: str, window: int = 512, progress: Progress | None = None
+    one: LanguageModel,
+    two: LanguageModel | None,
+    text: str,
+    window: int = 512,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Walk through the text in windows without overlap; each window's first token is given.
 
     Raises FormatError for a text of less than two tokens, or two models of different vocabularies.
     """
-    one = load(model)
-    two = load(other) if other else None
     tokens = one.encode(text)
     if len(tokens) < 2:
         raise FormatError(
@@ -49,15 +50,15 @@ def evaluate(
         )
     if two and two.model.config.vocab_size != one.model.config.vocab_size:
         raise FormatError(
-            f"{other}: has {two.model.config.vocab_size} tokens, {model} "
+            f"{two.path}: has {two.model.config.vocab_size} tokens, {one.path} "
             f"{one.model.config.vocab_size}: their distributions cannot be compared."
         )
     sums = _Sums()
-    for start, part in _windows(tokens, window):
+    for start, part in windows(tokens, window):
         _add(sums, one, two, part)
         if progress:
-            progress(start + len(part), len(tokens), model.name)
-    return _result(sums, model, other)
+            progress(start + len(part), len(tokens), one.path.name)
+    return _result(sums, one.name, two.name if two else None)
 
 
 @dataclass(slots=True)
@@ -67,13 +68,6 @@ class _Sums:
     other_loss: float = 0.0
     divergence: float = 0.0
     agreeing: int = 0
-
-
-def _windows(tokens: Tensor, window: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(tokens) - 1, window):
-        part = tokens[start : start + window]
-        if len(part) > 1:
-            yield start, part
 
 
 def _add(sums: _Sums, one: LanguageModel, two: LanguageModel | None, part: Tensor) -> None:
@@ -88,11 +82,11 @@ def _add(sums: _Sums, one: LanguageModel, two: LanguageModel | None, part: Tenso
     sums.agreeing += int((logs.argmax(-1) == other.argmax(-1)).sum())
 
 
-def _result(sums: _Sums, model: Path, other: Path | None) -> Evaluation:
+def _result(sums: _Sums, model: str, other: str | None) -> Evaluation:
     perplexity = math.exp(sums.loss / sums.tokens)
     if other is None:
-        return Evaluation(str(model), sums.tokens, perplexity)
+        return Evaluation(model, sums.tokens, perplexity)
     return Evaluation(
-        str(model), sums.tokens, perplexity, str(other), math.exp(sums.other_loss / sums.tokens),
+        model, sums.tokens, perplexity, other, math.exp(sums.other_loss / sums.tokens),
         sums.divergence / sums.tokens, sums.agreeing / sums.tokens,
     )  # fmt: skip

@@ -6,6 +6,7 @@ is, and the sum is rounded to the base's dtype once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from torch.nn import functional
 from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig, Variant
 from lorasurgery.errors import MatchError
+
+# torch's parameters can have no dots in their names
+_DOT = "·"
 
 
 class Adapted(nn.Module):
@@ -39,12 +43,14 @@ class Adapted(nn.Module):
         for name, factor in factors.items():
             # a parameter that several layers share stays one
             shared = isinstance(factor, nn.Parameter)
-            self.factors[name] = factor if shared else nn.Parameter(factor, requires_grad=False)
+            self.factors[name.replace(".", _DOT)] = (
+                factor if shared else nn.Parameter(factor, requires_grad=False)
+            )
 
     @property
     def given(self) -> dict[str, Tensor]:
         """The factors by name."""
-        return dict(self.factors.items())
+        return {name.replace(_DOT, "."): factor for name, factor in self.factors.items()}
 
     @property
     def weight(self) -> Any:
@@ -103,7 +109,7 @@ class AdaptedLinear(Adapted):
         """To the factors' dtype, unless autocast chooses for each product."""
         if torch.is_autocast_enabled(x.device.type):
             return x
-        return x.to(next(iter(self.factors.values())).dtype)
+        return x.to(next(f.dtype for f in self.factors.values() if f.is_floating_point()))
 
 
 def without(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,10 +162,14 @@ class AdaptedEmbedding(Adapted):
 
 def dense(module: nn.Module) -> Tensor:
     """A frozen module's W as [out, in], or [tokens, dim], float32 or wider."""
-    made = getattr(module, "dense", None)
-    w = made() if made else cast(Tensor, module.weight).detach()
+    w = cast(Any, module).dense() if unpacks(module) else cast(Tensor, module.weight).detach()
     w = w.T if turned(module) else w
     return cast(Tensor, w.to(torch.promote_types(w.dtype, torch.float32)))
+
+
+def unpacks(module: nn.Module) -> bool:
+    """Whether its weight is not there as such, but `dense` gives it; BERT has modules of that name."""
+    return inspect.ismethod(getattr(module, "dense", None))
 
 
 def turned(module: nn.Module) -> bool:

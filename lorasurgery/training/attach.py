@@ -12,7 +12,7 @@ from torch import nn
 from lorasurgery.dialects import _peft_lora_config as peft
 from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.plugins import suggestion
-from lorasurgery.training.adapted import Adapted, turned, wrap
+from lorasurgery.training.adapted import Adapted, turned, unpacks, wrap
 from lorasurgery.training.method import Factors, Named, Place
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def places(model: nn.Module, targets: Targets) -> list[Place]:
 
 def _linear(module: nn.Module) -> bool:
     """nn.Linear, Conv1D, or a quantized layer with their sides."""
-    return isinstance(module, nn.Linear) or turned(module) or hasattr(module, "dense")
+    return isinstance(module, nn.Linear) or turned(module) or unpacks(module)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

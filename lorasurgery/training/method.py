@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -160,4 +161,7 @@ def typed(name: str) -> str:
 def load(name: str) -> Any:
     """The module of a method by the name that users type. Raises UnknownNameError."""
     known = {typed(file): file for file in plugins.names("training.methods")}
-    return plugins.load("training.methods", known.get(name, name))
+    if name not in known:
+        near = plugins.suggestion(name, sorted(known))
+        raise UnknownNameError(f"--method {name}: no method. {near}")
+    return plugins.load("training.methods", known[name])

@@ -114,7 +114,12 @@ def _ready(model: nn.Module, recipe: Recipe) -> None:
             f"--checkpointing: {type(model).__name__} has no layers that can be computed again. "
             "Take it away."
         )
-    cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+    live: Any = model
+    # its name from transformers 5.20 on, and the one before
+    enable = (
+        getattr(live, "activation_checkpointing_enable", None) or live.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
 
 
 def describe(detours: Detours, groups: Sequence[Group]) -> dict[str, float]:
