@@ -197,11 +197,20 @@ def calls(chip: Chip) -> Iterator[tuple[str, Call]]:
 
 
 def _facts(call: Call, whole: bool) -> set[Any]:
-    """What sets its code apart; of cases of tests, flags with dtypes, and block sizes for themselves."""
+    """What sets its code apart; of cases of tests, each flag, block size and choice of dtypes for itself."""
     kinds = tuple(str(a.dtype) for a in call.args if isinstance(a, Tensor))
-    sizes = {"BLOCK", "ROWS", "SIZE", "num_warps"}
-    flags = " ".join(f"{k}={v}" for k, v in call.options.items() if k not in sizes)
-    some = {(call.name, flags, kinds), (call.name, call.options.get("BLOCK"))}
+    sizes = {
+        "ROWS",
+        "SIZE",
+        "COLUMNS",
+        "WEIGHTS",
+        "TRIPLETS",
+        "ITEMS",
+        "num_warps",
+        "enable_fp_fusion",
+    }
+    some: set[Any] = {(call.name, k, v) for k, v in call.options.items() if k not in sizes}
+    some.add((call.name, kinds))
     return {(call.name, call.constants, kinds), *some} if whole else some
 
 

@@ -24,7 +24,9 @@ from lorasurgery.kernels import (
     lora_adamw,
     lora_delta,
     lora_merge,
+    nf4_decode_merge,
     nf4_dequantize,
+    nf4_encode_merge,
     nf4_error,
     nf4_matvec,
     nf4_quantize,
@@ -40,7 +42,7 @@ EVERY = plugins.names("kernels")
 KERNELS = [n for n in EVERY if not hasattr(plugins.load("kernels", n), "tolerance")]
 LAUNCHED = [
     "adalora_budget", "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
-    "lora_merge", "nf4_dequantize", "nf4_merge", "nf4_quantize",
+    "lora_merge", "nf4_decode_merge", "nf4_dequantize", "nf4_encode_merge", "nf4_merge", "nf4_quantize",
 ]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
@@ -211,6 +213,25 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
         (
             lambda: dora_output.run(np.zeros((2, 3)), np.zeros((2, 3)), np.ones(3, F4), np.ones(3, F4)),
             "dora_output: float64 is not one of bfloat16, float16, float32. Convert the outputs first.",
+        ),
+        (
+            lambda: nf4_decode_merge.run(
+                np.zeros(12, U1), np.zeros(1, F4), 64, np.zeros((2, 6), F4), np.zeros((4, 2), F4), BF, np.dtype("f8")
+            ),
+            "nf4_decode_merge: bfloat16 or float64 is not one of bfloat16, float16, float32. Choose one "
+            "of them.",
+        ),
+        (
+            lambda: nf4_encode_merge.run(np.zeros((4, 7), BF), 64, np.zeros((2, 6), F4), np.zeros((4, 2), F4)),
+            "nf4_encode_merge: W is bfloat16 [4, 7], but [4, 6] of bfloat16, float16, float32 is needed. "
+            "Is this adapter for another base model?",
+        ),
+        (
+            lambda: nf4_encode_merge.run(
+                np.zeros((4, 6), BF), 16, np.zeros((2, 6), F4), np.zeros((4, 2), F4), np.ones(1, F4)
+            ),
+            "nf4_encode_merge: the scales to keep are float32 [1], but float32 [2] are needed. Check the "
+            "block size.",
         ),
         (
             lambda: nf4_quantize.run(np.zeros((2, 32), F4), 32),

@@ -3,6 +3,8 @@
 import importlib
 import json
 import pkgutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 from lorasurgery import kernels
 from lorasurgery.kernels import _tuning, lora_adamw
-from lorasurgery.kernels._tuning import Config, every, tuned
+from lorasurgery.kernels._tuning import Config, every, first, of_32_threads, tuned
 from lorasurgery.kernels.lora_adamw import Rates
 
 CONFIGS = Config(SIZE=1), Config(SIZE=2), Config(SIZE=3)
@@ -145,6 +147,12 @@ def test_all_are_launched_where_all_are_asked_for():
     assert len(launched) == 4
 
 
+def test_the_first_is_taken_unmeasured_where_that_is_asked_for(gpu):
+    with first():
+        assert gpu.run() == ([1], [])
+    assert gpu.run() == ([2], [1, 2, 3])
+
+
 def test_a_step_in_place_is_tried_elsewhere(monkeypatch):
     """The clock runs each configuration, and the weights move by one step all the same."""
     w, grad, m, v = torch.rand(4, 900)
@@ -172,3 +180,16 @@ def test_lists_of_configurations_are_without_doubles():
     assert len(lists) > 15
     for where, configs in lists.items():
         assert len({json.dumps(c, sort_keys=True) for c in configs}) == len(configs) > 1, where
+
+
+@pytest.mark.parametrize(("threads", "warps"), [(32, [8, 4]), (64, [4, 2])])
+def test_warps_of_64_threads_are_half_as_many(threads, warps, monkeypatch):
+    target = SimpleNamespace(warp_size=threads)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "driver", driver)
+    configs = Config(SIZE=5, num_warps=8), Config(SIZE=6, num_warps=4)
+    # the interpreter has no target
+    assert of_32_threads(configs) == configs
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert [c["num_warps"] for c in of_32_threads(configs)] == warps
+    assert [c["SIZE"] for c in of_32_threads(configs)] == [5, 6]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.kernels import _nf4_linear_configs as configs
 from lorasurgery.kernels import _nf4_linear_triton as kernels
 from lorasurgery.kernels._packed import FEW, Packed, layout, pointers
-from lorasurgery.kernels._tuning import Config, tuned
+from lorasurgery.kernels._tuning import Config, of_32_threads, tuned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,9 +48,10 @@ def forward(x: Tensor, w: Packed, bias: Tensor | None, low: LowRank | None) -> T
         )
 
     if m <= FEW:
-        tuned("matvec", configs.matvec(crossing), facts, by_rows)
+        tuned("matvec", of_32_threads(configs.matvec(crossing)), facts, by_rows)
         return out
-    tuned("forward", configs.tiles(m, x.dtype, crossing), facts, by_tiles)
+    tiles = of_32_threads(configs.tiles(m, x.dtype, crossing))
+    tuned("forward", tiles, facts, by_tiles)
     return out if results[0] is out else results[0].sum(0).to(x.dtype)
 
 
@@ -81,7 +82,7 @@ def backward(g: Tensor, k: int, w: Packed, low: LowRank | None) -> Tensor:
             g, *pointers(w), h, a, out, m, n, k, k // 2, rank, **constants, **turned
         )
 
-    candidates = configs.backward(m, g.dtype, k % w.block != 0)
+    candidates = of_32_threads(configs.backward(m, g.dtype, k % w.block != 0))
     tuned("backward", candidates, (g, k, *constants.values()), launch)
     return out
 

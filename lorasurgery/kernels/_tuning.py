@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ REPEATS = 7
 Launch = Callable[["Config"], object]
 Clock = Callable[[Callable[[], object]], float]
 
-_EVERY: ContextVar[bool] = ContextVar("every", default=False)
+_TAKE: ContextVar[str] = ContextVar("take", default="fastest")
 
 
 class Config(dict[str, int]):
@@ -34,14 +34,23 @@ class Config(dict[str, int]):
         return hash(tuple(self.items()))
 
 
-@contextmanager
-def every() -> Iterator[None]:
+def every() -> AbstractContextManager[None]:
     """Within, each configuration is launched in turn: for who compiles them all, or tries them all."""
-    token = _EVERY.set(True)
+    return _taking("every")
+
+
+def first() -> AbstractContextManager[None]:
+    """Within, nothing is measured: for who tries many small shapes."""
+    return _taking("first")
+
+
+@contextmanager
+def _taking(which: str) -> Iterator[None]:
+    token = _TAKE.set(which)
     try:
         yield
     finally:
-        _EVERY.reset(token)
+        _TAKE.reset(token)
 
 
 def tuned(
@@ -58,11 +67,24 @@ def tuned(
         trial: the same to somewhere else, where `launch` may run only once.
 
     """
-    if _EVERY.get():
+    take = _TAKE.get()
+    if take == "every":
         for config in configs:
             launch(config)
-        return
-    launch(_chosen(name, configs, data, trial or launch))
+    elif take == "first":
+        launch(configs[0])
+    else:
+        launch(_chosen(name, configs, data, trial or launch))
+
+
+def of_32_threads(configs: Sequence[Config]) -> tuple[Config, ...]:
+    """Where warps have 64 threads (AMD), half as many of them: a thread loads as many bytes of codes everywhere."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret or driver.active.get_current_target().warp_size == 32:
+        return tuple(configs)
+    return tuple(Config({**config, "num_warps": config["num_warps"] // 2}) for config in configs)
 
 
 def _chosen(name: str, configs: Sequence[Config], data: Sequence[Any], launch: Launch) -> Config:

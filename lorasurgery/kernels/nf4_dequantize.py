@@ -123,7 +123,7 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
     import torch
 
     from lorasurgery.kernels._nf4_triton import DEQUANTIZE, dequantize
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._tuning import Config, of_32_threads, tuned
 
     out = torch.empty(n, dtype=dtype, device=codes.device)
     bfloat = dtype == torch.bfloat16
@@ -136,7 +136,7 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
         )  # fmt: skip
 
     if n:
-        tuned("dequantize", DEQUANTIZE, (out, block), start)
+        tuned("dequantize", of_32_threads(DEQUANTIZE), (out, block), start)
     return out
 
 
