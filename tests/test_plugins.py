@@ -9,8 +9,11 @@ from lorasurgery.adapter import Dialect, Variant
 from lorasurgery.checkpoint import Format
 from lorasurgery.codec import Codec
 from lorasurgery.errors import UnknownNameError
+from lorasurgery.export._target import Target
 
-PROTOCOLS = {"adapters": Variant, "codecs": Codec, "dialects": Dialect, "formats": Format}
+PROTOCOLS = {
+    "adapters": Variant, "codecs": Codec, "dialects": Dialect, "export": Target, "formats": Format,
+}  # fmt: skip
 
 
 def every(*kinds: str) -> list[tuple[str, str]]:

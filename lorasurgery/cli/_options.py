@@ -42,6 +42,10 @@ Energy = Annotated[
     typer.Option("--energy", metavar="SHARE", help="Keep this share of the change's energy."),
 ]
 Rank = Annotated[int | None, typer.Option("--rank", help="Ranks up to this one.")]
+Runtime = Annotated[
+    Literal["auto", "transformers", "onnxruntime", "genai"],
+    typer.Option("--runtime", show_default="what the directory is for", help="What runs it."),
+]
 AllowUnmatched = Annotated[
     list[str] | None,
     typer.Option(

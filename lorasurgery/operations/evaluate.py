@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import FormatError
-from lorasurgery.operations._language_model import LanguageModel, load
+from lorasurgery.operations._language_model import LanguageModel, RuntimeName, encode, load
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from lorasurgery.arrays import Array
+
+_ROWS = 32  # of float64 scores at a time
 
 Progress = Callable[[int, int, str], None]
 
@@ -25,39 +27,55 @@ class Evaluation:
     """`other` and what follows are None where one model was looked at."""
 
     model: str
+    runtime: str
     tokens: int  # that were predicted
     perplexity: float
     other: str | None = None
+    other_runtime: str | None = None
     other_perplexity: float | None = None
     divergence: float | None = None  # mean KL(model || other), nats
     agreement: float | None = None  # share of tokens at which both have the same first choice
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """window: tokens that are seen at once. runtime: what runs directories that several could."""
+
+    window: int = 512
+    runtime: RuntimeName = "auto"
+
+
 def evaluate(
-    model: Path, other: Path | None, text: str, window: int = 512, progress: Progress | None = None
+    model: Path,
+    other: Path | None,
+    text: str,
+    options: EvaluateOptions,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Walk through the text in windows without overlap; each window's first token is given.
 
+    Each model runs in the runtime that it is for, on the tokens of the first one's tokenizer.
+
     Raises FormatError for a text of less than two tokens, or two models of different vocabularies.
     """
-    one = load(model)
-    two = load(other) if other else None
-    tokens = one.encode(text)
+    one = load(model, options.runtime)
+    two = load(other, options.runtime) if other else None
+    tokens = encode(one, text)
     if len(tokens) < 2:
         raise FormatError(
             f"the text is {len(tokens)} tokens long: nothing can be predicted. Give more."
         )
-    if two and two.model.config.vocab_size != one.model.config.vocab_size:
+    if two and two.vocabulary != one.vocabulary:
         raise FormatError(
-            f"{other}: has {two.model.config.vocab_size} tokens, {model} "
-            f"{one.model.config.vocab_size}: their distributions cannot be compared."
+            f"{other}: has {two.vocabulary} tokens, {model} {one.vocabulary}: their distributions cannot "
+            "be compared."
         )
     sums = _Sums()
-    for start, part in _windows(tokens, window):
+    for start, part in _windows(tokens, options.window):
         _add(sums, one, two, part)
         if progress:
             progress(start + len(part), len(tokens), model.name)
-    return _result(sums, model, other)
+    return _result(sums, one, two)
 
 
 @dataclass(slots=True)
@@ -69,30 +87,47 @@ class _Sums:
     agreeing: int = 0
 
 
-def _windows(tokens: Tensor, window: int) -> Iterator[tuple[int, Tensor]]:
+def _windows(tokens: Array, window: int) -> Iterator[tuple[int, Array]]:
     for start in range(0, len(tokens) - 1, window):
         part = tokens[start : start + window]
         if len(part) > 1:
             yield start, part
 
 
-def _add(sums: _Sums, one: LanguageModel, two: LanguageModel | None, part: Tensor) -> None:
-    logs = one.logits(part)[:-1].log_softmax(-1)
+def _add(sums: _Sums, one: LanguageModel, two: LanguageModel | None, part: Array) -> None:
+    import numpy as np
+
+    scores = one.logits(part)[:-1]
+    others = two.logits(part)[:-1] if two else None
     sums.tokens += len(part) - 1
-    sums.loss -= float(logs.gather(1, part[1:, None]).double().sum())
-    if two is None:
-        return
-    other = two.logits(part)[:-1].log_softmax(-1)
-    sums.other_loss -= float(other.gather(1, part[1:, None]).double().sum())
-    sums.divergence += float((logs.exp() * (logs - other)).double().sum())
-    sums.agreeing += int((logs.argmax(-1) == other.argmax(-1)).sum())
+    for start in range(0, len(scores), _ROWS):
+        rows, came = slice(start, start + _ROWS), part[1:][start : start + _ROWS, None]
+        logs = _log_softmax(scores[rows])
+        sums.loss -= float(np.take_along_axis(logs, came, 1).sum())
+        if others is None:
+            continue
+        other = _log_softmax(others[rows])
+        sums.other_loss -= float(np.take_along_axis(other, came, 1).sum())
+        sums.divergence += float((np.exp(logs) * (logs - other)).sum())
+        sums.agreeing += int((logs.argmax(-1) == other.argmax(-1)).sum())
 
 
-def _result(sums: _Sums, model: Path, other: Path | None) -> Evaluation:
+def _log_softmax(scores: Array) -> Array:
+    """In float64: differences of distributions that are near are small."""
+    import numpy as np
+
+    wide = scores.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    logs: Array = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return logs
+
+
+def _result(sums: _Sums, one: LanguageModel, two: LanguageModel | None) -> Evaluation:
     perplexity = math.exp(sums.loss / sums.tokens)
-    if other is None:
-        return Evaluation(str(model), sums.tokens, perplexity)
+    if two is None:
+        return Evaluation(str(one.path), one.runtime, sums.tokens, perplexity)
     return Evaluation(
-        str(model), sums.tokens, perplexity, str(other), math.exp(sums.other_loss / sums.tokens),
-        sums.divergence / sums.tokens, sums.agreeing / sums.tokens,
+        str(one.path), one.runtime, sums.tokens, perplexity, str(two.path), two.runtime,
+        math.exp(sums.other_loss / sums.tokens), sums.divergence / sums.tokens,
+        sums.agreeing / sums.tokens,
     )  # fmt: skip
