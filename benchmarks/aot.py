@@ -6,18 +6,22 @@ compiled for each chip. Registers, spills and instructions are read from the mac
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from lorasurgery.kernels._tuning import every
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Code:
     spills: int  # stores of registers to memory
     shared: int
     warps: int
-    matrix: str  # the instruction of the matrix units, or ''
+    matrix: str  # the instruction of the matrix units, or ''; tf32 and xf32 cut float32 to 10 bits
     wide: int  # bits of the widest load from memory, in the machine code
     packed: int  # bits of the narrowest load of codes that a thread makes, 0 without codes
     occupancy: float  # threads that a multiprocessor holds, over those that it could hold
@@ -109,12 +113,42 @@ def recording() -> Iterator[list[Call]]:
         triton.JITFunction.run = run
 
 
-def recorded(launch: Callable[[], object], chip: Chip) -> list[Call]:
-    """The launches that a function makes where this chip is."""
+def recorded(launch: Callable[[], object], chip: Chip, *, all_configs: bool) -> list[Call]:
+    """The launches that a function makes where this chip is, of the first configuration or of each."""
     driver.set_active(_Absent(CHIPS.index(chip)))
-    with recording() as calls:
+    with recording() as calls, every() if all_configs else nullcontext():
         launch()
     return calls
+
+
+def key(call: Call, chip: Chip) -> str:
+    """What the code depends on: sources, constants, kinds and alignments of arguments, chip, compiler."""
+    facts = (
+        triton.__version__, chip.target, sorted(_sources(call.kernel)), call.constants,
+        [_kind(argument) for argument in call.args],
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _sources(kernel: Any) -> set[str]:
+    """Of the function, and of all those that it calls."""
+    found, left = set(), [kernel]
+    while left:
+        function = left.pop()
+        if function.src not in found:
+            found.add(function.src)
+            # names of attributes are among these; `tl.dot` costs no more than a look at `dot`
+            named = map(function.fn.__globals__.get, function.fn.__code__.co_names)
+            left += [other for other in named if isinstance(other, triton.JITFunction)]
+    return found
+
+
+def _kind(argument: Any) -> str:
+    """As a launch tells arguments apart."""
+    if isinstance(argument, torch.Tensor):
+        return f"{argument.dtype} {argument.data_ptr() % 16 == 0}"
+    wide = -(1 << 31) <= argument < 1 << 31
+    return "1" if argument == 1 else f"int {wide} {argument % 16 == 0}"
 
 
 def compiled(call: Call, chip: Chip) -> Code:
@@ -136,9 +170,11 @@ def compiled(call: Call, chip: Chip) -> Code:
     spills = len(re.findall(r"\bSTL\b", code))
     # UTC*MMA is tcgen05's, HGMMA Hopper's wgmma, HMMA the one of a warp
     matrix = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
+    cut = "tf32" * bool(re.search(r"mma\S*tf32", done.asm["ptx"]))
     loads = [32, *map(int, re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", code))]
     share = _occupancy(registers, shared, warps, chip)
-    return Code(registers, spills, shared, warps, _most(matrix), max(loads), packed, share)
+    unit = f"{_most(matrix)} {cut}".strip()
+    return Code(registers, spills, shared, warps, unit, max(loads), packed, share)
 
 
 def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
@@ -147,10 +183,12 @@ def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
 
     loads = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
     matrix = re.findall(r"\bv_(mfma)_", text)
+    cut = "xf32" * bool(re.search(r"\bv_mfma_\w*xf32", text))
     spills = value("vgpr_spill_count")
     registers = value("vgpr_count")
     share = _occupancy(registers, shared, warps, chip)
-    return Code(registers, spills, shared, warps, _most(matrix), max([32, *loads]), packed, share)
+    unit = f"{_most(matrix)} {cut}".strip()
+    return Code(registers, spills, shared, warps, unit, max([32, *loads]), packed, share)
 
 
 def _occupancy(registers: int, shared: int, warps: int, chip: Chip) -> float:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from lorasurgery.arrays import Array
-from lorasurgery.operations._nearest import Aim, nearest
-from lorasurgery.operations._svd import of_product
+from lorasurgery.operations.algebra.nearest import Aim, nearest
+from lorasurgery.operations.algebra.svd import of_product
 
 RANK, FULL = 16, 64
 

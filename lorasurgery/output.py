@@ -119,6 +119,12 @@ class Output:
         self._unlock()
         return not self._complete
 
+    def leave(self) -> None:
+        """Let go of OUT.partial as it is, for --resume."""
+        with suppress(OSError):
+            self._close_files()
+        self._unlock()
+
     def _take(self, plan_id: str, shards: Sequence[Shard]) -> bool:
         """Own OUT.partial: fresh, or the one of a killed run. True if that run goes on."""
         there = self.partial.exists() or self.partial.is_symlink()
@@ -164,8 +170,10 @@ class Output:
                 f"{self.partial}: was begun by another command or with other inputs. "
                 "Repeat that command, or pass --overwrite instead of --resume."
             )
-        # after a restart, what the page cache held may be lost
-        if boot != _boot_id() or not all(intact(self.partial, shard) for shard in shards):
+        # after a restart, what the page cache held of the files may be lost
+        if (shards and boot != _boot_id()) or not all(
+            intact(self.partial, shard) for shard in shards
+        ):
             return False
         os.ftruncate(self._journal, len(whole))
         self.done = done

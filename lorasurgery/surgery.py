@@ -200,10 +200,11 @@ _Stamps = dict[str, list[tuple[str, int, int]]]
 
 def _stamps(plan: Plan) -> _Stamps:
     """Each input's files with their sizes and times."""
-    return {role: _stamp(path) for role, path in plan.inputs.items()}
+    return {role: stamp(path) for role, path in plan.inputs.items()}
 
 
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
+def stamp(path: Path) -> list[tuple[str, int, int]]:
+    """An input's files with their sizes and times."""
     found = []
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file == path or file.suffix in _STAMPED:
@@ -242,5 +243,5 @@ def _size(content: bytes | Path) -> int:
 # an operation finds here all that a plan is made of
 __all__ = [
     "MANIFEST", "Edit", "Metrics", "Plan", "Progress", "Report", "Result", "RunOptions", "Step",
-    "Stopped", "copy_edit", "fingerprint", "rehearse", "run", "tile_rows",
+    "Stopped", "copy_edit", "fingerprint", "rehearse", "run", "stamp", "tile_rows",
 ]  # fmt: skip

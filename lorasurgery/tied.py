@@ -14,7 +14,8 @@ from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.layouts import EMBEDDINGS, HEADS
 from lorasurgery.model import Model
 from lorasurgery.naming import Part
-from lorasurgery.targets import Resolved, Share, Target, same_values
+from lorasurgery.target import Share, Target
+from lorasurgery.targets import Resolved, same_values
 
 POLICIES = ("auto", "shared", "untie", "refuse")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from lorasurgery.operations._known_problems import PROBLEMS, Facts, known_problems
+from lorasurgery.operations.diagnosis.known_problems import PROBLEMS, Facts, known_problems
 from lorasurgery.operations.doctor import cpu_flags
 
 GOOD = Facts(

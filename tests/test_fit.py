@@ -15,9 +15,9 @@ from lorasurgery.adapter import Adapter, AdapterConfig
 from lorasurgery.dialects import kohya, peft
 from lorasurgery.errors import MatchError, UnknownNameError
 from lorasurgery.model import open_model
-from lorasurgery.operations._fit import fit
-from lorasurgery.operations._runtimes import RUNTIMES
 from lorasurgery.operations.lint import lint
+from lorasurgery.operations.runtimes.claims import RUNTIMES
+from lorasurgery.operations.runtimes.fit import fit
 from lorasurgery.tensors import TensorInfo
 
 # the scale is rounded into each of at most 4 products of at most 8, which may then cancel

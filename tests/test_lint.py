@@ -16,9 +16,9 @@ from lorasurgery.adapter import AdapterConfig
 from lorasurgery.cli.app import app
 from lorasurgery.dialects import diffusers, gguf_lora, kohya, peft
 from lorasurgery.errors import UnknownNameError
-from lorasurgery.operations._features import features
-from lorasurgery.operations._runtimes import RUNTIMES
 from lorasurgery.operations.lint import lint
+from lorasurgery.operations.runtimes.claims import RUNTIMES
+from lorasurgery.operations.runtimes.features import features
 from lorasurgery.tensors import TensorInfo
 
 
@@ -163,6 +163,8 @@ def test_every_claim_is_of_a_feature_and_names_its_source():
         lora("d", 4, 6, AdapterConfig("dora", 3, 6.0)), replace(lora("e", 4, 6), kernel=(1,)),
         lora("f", 4, 6, layout="embedding"), lora("g", 4, 6, layout="parameter"),
         lora("h", 4, 6, AdapterConfig("vera", 3, 6.0)),
+        replace(lora("i.experts", 4, 6, layout="parameter"), parameter="down_proj"),
+        lora("i.experts.1.down_proj", 4, 6),
     ]  # fmt: skip
     made = adapter(sites, replaced={"x.weight": None, "x.bias": None}, added={"y.bias": None})
     named = {feature.name for feature in features(made)}

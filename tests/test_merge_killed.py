@@ -11,8 +11,8 @@ import pytest
 
 from lorasurgery.checkpoint import JOURNAL, MANIFEST, SCRATCH
 from lorasurgery.errors import OutputError, VerificationError
-from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations.merge import merge
+from lorasurgery.operations.merging.options import MergeOptions
 from lorasurgery.operations.quantize import QuantizeOptions, quantize
 from lorasurgery.operations.unmerge import UnmergeOptions, unmerge
 from lorasurgery.output import OutputOptions

@@ -11,9 +11,9 @@ import typer
 
 from lorasurgery import plugins
 from lorasurgery.errors import VerificationError
-from lorasurgery.operations import _self_test
-from lorasurgery.operations._peaks import PEAKS, peak
-from lorasurgery.operations._self_test import self_test
+from lorasurgery.operations.diagnosis import self_test as module
+from lorasurgery.operations.diagnosis.peaks import PEAKS, peak
+from lorasurgery.operations.diagnosis.self_test import self_test
 
 
 def kernel(run, reference, **more):
@@ -82,7 +82,7 @@ def test_a_wrong_kernel_is_named_with_its_first_wrong_case(kernels, wrong, why):
 def test_the_command_prints_a_table_and_json_and_exits_with_3_when_one_is_wrong(
     kernels, monkeypatch, capsys
 ):
-    monkeypatch.setattr(_self_test, "peak", lambda _: 1e3)
+    monkeypatch.setattr(module, "peak", lambda _: 1e3)
     kernels["bad"], kernels["good"] = kernel(lambda x: x, double), kernel(double, double)
 
     def run(*arguments):

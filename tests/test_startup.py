@@ -1,8 +1,7 @@
-"""`--help` must not pay for torch, and answers at once."""
+"""`--help` must not pay for torch; how long it takes is a row of the benchmark."""
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -41,15 +40,3 @@ def test_help_of_a_command_says_what_it_does_and_gives_an_example(command):
     )  # fmt: skip
     assert "Usage: " in done.stdout
     assert f"lorasurgery {command} " in done.stdout
-
-
-def test_help_is_quick():
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "lorasurgery", "--help"], capture_output=True, check=True
-        )
-        times.append(time.perf_counter() - started)
-    # 0.2 s on an idle core; torch alone would take 1.5 s
-    assert min(times) < 1.0

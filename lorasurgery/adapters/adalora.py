@@ -15,7 +15,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.adapter import A, Base
 
 LINEAR_IN_W = True
 ROWS = ("B",)
@@ -56,7 +56,17 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:  # noqa: 
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
     """X (W + ΔW)ᵀ: x [..., in] -> [..., out]."""
-    return x @ w.T + x @ (scale(config) * factors["E"] * factors["A"]).T @ factors["B"].T
+    return x @ w.T + detour(x, factors, config)
+
+
+def detour(
+    x: Tensor,
+    factors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    base: Base | None = None,  # noqa: ARG001 - free of W
+) -> Tensor:
+    """X ΔWᵀ: x [..., in] -> [..., out]."""
+    return x @ (scale(config) * factors["E"] * factors["A"]).T @ factors["B"].T
 
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W

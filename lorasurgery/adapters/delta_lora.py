@@ -16,7 +16,7 @@ from lorasurgery.adapters import lora
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.adapter import A, Base
 
 LINEAR_IN_W = True
 ROWS = ("B", "B0")
@@ -51,10 +51,20 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:  # noqa: 
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
     """X (W + ΔW)ᵀ: x [..., in] -> [..., out]; the λ parts have no gradient, as the paper's W has none."""
+    return x @ w.T + detour(x, factors, config)
+
+
+def detour(
+    x: Tensor,
+    factors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    base: Base | None = None,  # noqa: ARG001 - free of W
+) -> Tensor:
+    """X ΔWᵀ: x [..., in] -> [..., out]."""
     s, strong = config.scaling, strength(config)
     branch = s * (x @ factors["A"].T) @ factors["B"].T
     past = s * (x @ factors["A0"].T) @ factors["B0"].T
-    return x @ w.T + branch + strong * (branch - past).detach()
+    return branch + strong * (branch - past).detach()
 
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W

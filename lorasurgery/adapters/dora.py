@@ -16,7 +16,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.adapter import A, Base
     from lorasurgery.arrays import Array
 
 # a seed, or None, and the index of the first element
@@ -67,6 +67,17 @@ def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: Adapter
     if m.shape[-1] != 1:
         return x @ (g * v).T
     return g.T * (x @ w.T + config.scaling * (x @ factors["A"].T) @ factors["B"].T)
+
+
+def detour(x: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig, base: Base) -> Tensor:
+    """What is added to x Wᵀ: (g - 1) ∘ x Wᵀ + g ∘ s · x (B A)ᵀ; no gradient flows through the norm."""
+    import torch
+
+    with torch.no_grad():
+        norm = _norm(base.weight() + (config.scaling * factors["B"]) @ factors["A"], -1)
+    g = (factors["m"] / (norm + (norm == 0)))[:, 0]
+    branch = config.scaling * (x @ factors["A"].T) @ factors["B"].T
+    return (g - 1) * base.product(x) + g * branch
 
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:

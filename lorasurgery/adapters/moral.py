@@ -18,7 +18,7 @@ from lorasurgery.errors import MatchError
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.adapter import A, Base
 
 LINEAR_IN_W = True
 ROUTED = True  # what it does depends on the token
@@ -76,13 +76,23 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
     """x [..., in] -> [..., out]; an expert sees the tokens alone that chose it."""
+    return x @ w.T + detour(x, factors, config)
+
+
+def detour(
+    x: Tensor,
+    factors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    base: Base | None = None,  # noqa: ARG001 - free of W
+) -> Tensor:
+    """What is added to x Wᵀ."""
     flat = x.reshape(-1, x.shape[-1])
     gate = gates(flat, factors["router"], config)
-    added = flat.new_zeros(len(flat), w.shape[0])
+    added = flat.new_zeros(len(flat), factors["B"].shape[1])
     for i, (a, b) in enumerate(zip(factors["A"], factors["B"], strict=True)):
         (mine,) = gate[:, i].nonzero(as_tuple=True)
         added = added.index_add(0, mine, gate[mine, i, None] * ((flat[mine] @ a.T) @ b.T))
-    return x @ w.T + config.scaling * added.reshape(*x.shape[:-1], -1)
+    return config.scaling * added.reshape(*x.shape[:-1], -1)
 
 
 def from_lora(w: A, a: A, b: A) -> None:

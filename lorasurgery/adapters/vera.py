@@ -15,7 +15,7 @@ from lorasurgery.adapter import AdapterConfig
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lorasurgery.adapter import A
+    from lorasurgery.adapter import A, Base
 
 LINEAR_IN_W = True
 ROWS = ("B", "b")
@@ -55,8 +55,17 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:  # noqa: 
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
     """X (W + ΔW)ᵀ: x [..., in] -> [..., out]."""
-    a, b = low_rank(factors, config)
-    return x @ w.T + (x @ a.T) @ b.T
+    return x @ w.T + detour(x, factors, config)
+
+
+def detour(
+    x: Tensor,
+    factors: Mapping[str, Tensor],
+    config: AdapterConfig,  # noqa: ARG001 - it has no alpha
+    base: Base | None = None,  # noqa: ARG001 - free of W
+) -> Tensor:
+    """X ΔWᵀ: x [..., in] -> [..., out]; no projection is scaled, so that none is copied."""
+    return ((x @ factors["A"].T) * factors["d"]) @ factors["B"].T * factors["b"]
 
 
 def from_lora(w: A, a: A, b: A) -> None:

@@ -14,7 +14,7 @@ from lorasurgery.cli._options import Printing, Writing
 from lorasurgery.cli._print import emit, pairs, table
 from lorasurgery.cli._progress import progress_bar
 from lorasurgery.errors import UsageError
-from lorasurgery.operations._folding import Fold, fold
+from lorasurgery.operations.inspecting.folding import Fold, fold
 
 if TYPE_CHECKING:
     from lorasurgery.surgery import Progress, Report, Result, RunOptions

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.cli._options import Printing
 from lorasurgery.cli._print import emit, table
-from lorasurgery.operations._folding import Fold, fold
+from lorasurgery.operations.inspecting.folding import Fold, fold
 
 if TYPE_CHECKING:
     from lorasurgery.operations.spectrum import Spectrum
@@ -19,7 +19,7 @@ _SHOWN = 6  # singular values of a row: the largest
 def show_spectrum(path: str, base: str | None, plot: Path | None, printing: Printing) -> None:
     """A row for each layer pattern (with -v each matrix); a picture if one is asked for."""
     from lorasurgery.model import resolve
-    from lorasurgery.operations._picture import check_file, spectra_picture
+    from lorasurgery.operations.inspecting.picture import check_file, spectra_picture
     from lorasurgery.operations.spectrum import spectra
 
     if plot:

@@ -44,7 +44,7 @@ def command(
 
         lorasurgery combine style:0.7 facts:0.5 -o both --method ties
     """
-    from lorasurgery.operations._adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.adapter_output import AdapterFormat
     from lorasurgery.operations.combine import CombineOptions, combine
     from lorasurgery.tensors import DTYPE_NAMES
 

@@ -8,6 +8,7 @@ import typer
 
 from lorasurgery.cli._options import (
     AllowUnmatched,
+    Calibrating,
     Energy,
     Printing,
     Rank,
@@ -20,14 +21,17 @@ from lorasurgery.cli._sizes import ranks
 from lorasurgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorasurgery.operations._lattice import Way
+    from lorasurgery.operations.algebra.lattice import Way
 
 
 def command(
     adapter: Annotated[
         str | None, typer.Argument(help="An adapter: directory, file or hub id.")
     ] = None,
-    to: Annotated[str, typer.Option("--to", metavar="VARIANT", help="What it becomes.")] = "lora",
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="VARIANT", help="What it becomes. [default: lora]"),
+    ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -55,11 +59,28 @@ def command(
         ),
     ] = False,
     ranks_allowed: RanksAllowed = None,
+    projections: Annotated[
+        str | None,
+        typer.Option(
+            "--projections",
+            metavar="split|fused",
+            help="qkv as q, k, v and gate_up as gate, up, or together; no --to keeps the variant.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            metavar="single|stacked",
+            help="A module for each expert, or transformers 5's parameters with all of them.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what can become what, and how exactly.")
     ] = False,
     allow_unmatched: AllowUnmatched = None,
     *,
+    calibrating: Calibrating,
     writing: WritingAdapter,
     printing: Printing,
 ) -> None:
@@ -70,11 +91,12 @@ def command(
         lorasurgery convert my-dora --base org/model -o my-lora --to lora --rank 32
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._adapter_output import AdapterFormat
-    from lorasurgery.operations._lattice import lattice
-    from lorasurgery.operations._nearest import Aim
+    from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.lattice import lattice
+    from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
+    from lorasurgery.operations.layouts.layout import Layout
     from lorasurgery.tensors import DTYPE_NAMES
 
     if explain:
@@ -86,7 +108,8 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        if writing.dialect or rank or energy or bake_scale or uniform_rank or ranks_allowed:
+        ranked = rank or energy or bake_scale or uniform_rank or ranks_allowed
+        if writing.dialect or ranked or projections or experts or calibrating.calibrate:
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -95,8 +118,10 @@ def command(
             lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
         )
         return
+    layout = Layout(projections, experts)
     options = ConvertOptions(
-        to=to,
+        to=to or ("" if layout.asked else "lora"),
+        layout=layout,
         base=resolve(base) if base else None,
         aim=Aim(rank, energy, exact),
         folded=bake_scale,
@@ -104,6 +129,7 @@ def command(
         allowed_ranks=ranks(ranks_allowed),
         allowed=allowed,
         form=form,
+        calibration=calibrating.calibration,
     )
     carry_out(lambda output, how: convert(source, output, options, how), writing.run, printing)
 

@@ -11,7 +11,7 @@ from lorasurgery.cli._options import Printing
 from lorasurgery.cli._print import emit, pairs, table
 
 if TYPE_CHECKING:
-    from lorasurgery.operations._self_test import SelfTest
+    from lorasurgery.operations.diagnosis.self_test import SelfTest
     from lorasurgery.operations.doctor import Diagnosis
 
 
@@ -39,7 +39,7 @@ def command(
 
 
 def _self_test() -> SelfTest:
-    from lorasurgery.operations._self_test import self_test
+    from lorasurgery.operations.diagnosis.self_test import self_test
 
     return self_test()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasurgery.cli._options import Base, Printing, Runtime
+from lorasurgery.cli._options import Adapter, Base, Printing, Runtime
 from lorasurgery.cli._print import emit, pairs
 from lorasurgery.cli._progress import progress_bar
 
@@ -25,6 +25,7 @@ def command(
     text: Annotated[
         Path, typer.Option("--text", metavar="FILE", exists=True, help="What to predict, UTF-8.")
     ] = ...,  # type: ignore[assignment]
+    adapter: Adapter = None,
     window: Annotated[
         int, typer.Option("--window", min=2, help="Tokens that are seen at once.")
     ] = 512,
@@ -39,16 +40,18 @@ def command(
     Example:
 
         lorasurgery evaluate base merged --text book.txt
+        lorasurgery evaluate base --adapter my-lora --text book.txt
         lorasurgery evaluate base exported-int4 --text book.txt
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations.evaluate import EvaluateOptions, evaluate
+    from lorasurgery.operations.evaluate import evaluate
+    from lorasurgery.operations.running.model import load
 
-    second = resolve(other) if other else None
     content = text.read_text(encoding="utf-8")
+    first = load(resolve(model), runtime, adapter)
+    second = load(resolve(other), runtime) if other else None
     with progress_bar(quiet=printing.quiet) as progress:
-        options = EvaluateOptions(window, runtime)
-        found = evaluate(resolve(model), second, content, options, progress)
+        found = evaluate(first, second, content, window, progress)
     emit(asdict(found), lambda: "\n".join(pairs(list(_lines(found)))), printing)
 
 

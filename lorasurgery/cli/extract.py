@@ -46,8 +46,8 @@ def command(
         lorasurgery extract org/model tuned -o adapter --rank 32
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._adapter_output import AdapterFormat
-    from lorasurgery.operations._nearest import Aim
+    from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.extract import ExtractOptions, extract
     from lorasurgery.tensors import DTYPE_NAMES
 

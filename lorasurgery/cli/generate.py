@@ -6,24 +6,19 @@ from typing import Annotated
 
 import typer
 
-from lorasurgery.cli._options import Base, Printing, Runtime
+from lorasurgery.cli._options import Adapter, Base, Printing, Runtime
 from lorasurgery.cli._print import emit
 
 
 def command(
     model: Base,
     prompt: Annotated[list[str], typer.Argument(help="What the model is to go on with.")],
+    adapter: Adapter = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many.")] = 64,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template.")
     ] = False,
     runtime: Runtime = "auto",
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter", "-a", metavar="NAME", help="Of an export with adapters as inputs."
-        ),
-    ] = None,
     *,
     printing: Printing,
 ) -> None:
@@ -34,9 +29,10 @@ def command(
     Example:
 
         lorasurgery generate merged --chat "Who wrote Hamlet?"
+        lorasurgery generate base --adapter my-lora "To be, or"
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._language_model import answer, load
+    from lorasurgery.operations.running.model import answer, load
 
     loaded = load(resolve(model), runtime, adapter)
     answers = {text: answer(loaded, text, tokens, chat=chat) for text in prompt}

@@ -75,10 +75,10 @@ def command(
         lorasurgery merge model.onnx my-lora -o merged.onnx
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._merge_edits import Rounding
-    from lorasurgery.operations._merge_options import MergeOptions
-    from lorasurgery.operations._picture import Scale, check_file, heat_map
+    from lorasurgery.operations.inspecting.picture import Scale, check_file, heat_map
     from lorasurgery.operations.merge import advice, check, merge
+    from lorasurgery.operations.merging.edits import Rounding
+    from lorasurgery.operations.merging.options import MergeOptions
     from lorasurgery.tensors import DTYPE_NAMES
 
     if rounding == "stochastic" and seed is None:

@@ -12,11 +12,11 @@ import typer
 from lorasurgery.cli._options import AllowUnmatched, Printing
 from lorasurgery.cli._print import emit, pairs, table
 from lorasurgery.cli._progress import progress_bar
-from lorasurgery.operations._folding import Fold, fold
+from lorasurgery.operations.inspecting.folding import Fold, fold
 
 if TYPE_CHECKING:
-    from lorasurgery.operations._check import Finding
     from lorasurgery.operations.verify import Verification
+    from lorasurgery.operations.verifying.check import Finding
 
 _NUMBERS = ("rho", "noise", "expected", "inside", "outside")
 

@@ -19,9 +19,9 @@ from lorasurgery.export._onnx_edit import Edited
 from lorasurgery.export._onnx_linear import Linear
 from lorasurgery.export._onnx_modules import open_modules
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._made import variant_of
+from lorasurgery.operations.algebra.made import variant_of
 from lorasurgery.operations.merge_onnx import lay_upon, plain
-from lorasurgery.targets import Target
+from lorasurgery.target import Target
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:

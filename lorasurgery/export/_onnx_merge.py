@@ -17,7 +17,7 @@ from lorasurgery.export._onnx_linear import Linear
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
     from lorasurgery.formats.onnx import File
-    from lorasurgery.targets import Target
+    from lorasurgery.target import Target
 
 _TILE = 1 << 18  # weights
 

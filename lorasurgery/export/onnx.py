@@ -21,11 +21,11 @@ from lorasurgery.export._onnx_half import halve
 from lorasurgery.export._onnx_standard import spell_out
 from lorasurgery.export._target import ExportOptions, Made
 from lorasurgery.model import Model, open_model
-from lorasurgery.operations._merge_options import MergeOptions
 from lorasurgery.operations._onnx_output import Deed, deliver
 from lorasurgery.operations.dequantize import dequantize
 from lorasurgery.operations.merge import merge
 from lorasurgery.operations.merge_onnx import OnnxMergeOptions, merge_onnx
+from lorasurgery.operations.merging.options import MergeOptions
 from lorasurgery.operations.quantize_onnx import quantize_onnx
 from lorasurgery.report import Report
 from lorasurgery.surgery import RunOptions

@@ -1,114 +1,99 @@
-"""A model as the runtime that it is for runs it: its next-token scores, its greedy text.
-
-A directory with genai_config.json runs in onnxruntime-genai, or like any other model.onnx in onnxruntime;
-everything else runs in transformers.
-"""
+"""A model directory as transformers runs it (extra `train`): its next-token scores, its greedy text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lorasurgery.errors import FormatError, UsageError
-from lorasurgery.export._onnx_adapter_files import find_adapter
-from lorasurgery.export._onnx_decoder import GENAI_CONFIG
 
 if TYPE_CHECKING:
-    from lorasurgery.arrays import Array
-
-RuntimeName = Literal["auto", "transformers", "onnxruntime", "genai"]
-_NEEDS: Mapping[str, tuple[str, str]] = {
-    "transformers": ("transformers", "train"), "onnxruntime": ("transformers", "train"),
-    "genai": ("onnxruntime_genai", "genai"),
-}  # fmt: skip
+    from torch import Tensor
 
 
-class LanguageModel(Protocol):
-    """One model in one runtime, on the CPU."""
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """transformers' model and tokenizer, in float32 on the CPU or in the dtype asked for."""
 
     path: Path
-    runtime: str
-    tokenizer: Any  # transformers' own, which all runtimes are given the tokens of
+    model: Any
+    tokenizer: Any
+    adapter: Path | None = None  # laid upon it, not merged
 
     @property
-    def vocabulary(self) -> int:
-        """How many scores there are for each token."""
-        ...
+    def name(self) -> str:
+        """What it is made of."""
+        return f"{self.path} + {self.adapter}" if self.adapter else str(self.path)
 
-    def logits(self, tokens: Array) -> Array:
+    def logits(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [length] -> float32 [length, vocabulary]."""
-        ...
+        import torch
 
-    def complete(self, tokens: Array, count: int) -> Array:
-        """The greedy continuation of tokens int64 [length]: at most so many, ending before the end token."""
-        ...
+        with torch.inference_mode():
+            scores: Tensor = self.model(tokens[None]).logits[0].float()
+        return scores
+
+    def encode(self, text: str) -> Tensor:
+        """Text as tokens int64 [length], without those that a model puts around it."""
+        tokens: Tensor = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)[
+            "input_ids"
+        ][0]
+        return tokens
 
 
-def load(path: Path, runtime: RuntimeName = "auto", adapter: str | None = None) -> LanguageModel:
-    """The model, with an adapter switched on that was exported with it.
+def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> LanguageModel:
+    """With an adapter beside it, if one is given.
 
-    Raises UsageError where the extra is missing, FormatError for what the runtime cannot load.
+    Raises UsageError where the extra is missing, FormatError for what transformers cannot load, and
+    what an adapter that does not fit raises.
     """
-    chosen = _runtime(path) if runtime == "auto" else runtime
-    module, extra = _NEEDS[chosen]
-    if find_spec(module) is None:
+    if find_spec("transformers") is None:
         raise UsageError(
-            f"{chosen} runs {path}, and {module} is not installed. "
-            f"Run `pip install 'lorasurgery[{extra}]'`."
+            "transformers runs the model, and is not installed. Run `pip install lorasurgery[train]`."
         )
-    file = find_adapter(path, adapter) if adapter else None
-    if chosen == "transformers":
-        from lorasurgery.operations._run_transformers import load as by_transformers
-
-        return by_transformers(path)
-    if chosen == "onnxruntime":
-        from lorasurgery.operations._run_onnxruntime import load as by_onnxruntime
-
-        return by_onnxruntime(path, file)
-    from lorasurgery.operations._run_genai import load as by_genai
-
-    return by_genai(path, file)
-
-
-def encode(model: LanguageModel, text: str) -> Array:
-    """Text as tokens int64 [length], without those that a model puts around it."""
-    import numpy as np
-
-    return np.array(model.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-
-
-def answer(model: LanguageModel, prompt: str, count: int, *, chat: bool) -> str:
-    """The greedy text after a prompt; `chat` puts the prompt into the template."""
-    import numpy as np
-
-    if chat:
-        turns = [{"role": "user", "content": prompt}]
-        prompt = model.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-    given = np.array(model.tokenizer(prompt, add_special_tokens=not chat)["input_ids"], np.int64)
-    if not len(given):
-        raise FormatError("the prompt is empty: there is nothing to go on with. Give some words.")
-    made = model.complete(given, count)
-    return str(model.tokenizer.decode(made, skip_special_tokens=True)).strip()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """transformers' tokenizer of a directory. Raises FormatError where it has none."""
-    from transformers import AutoTokenizer
+    if not (path / "config.json").is_file():
+        raise FormatError(f"{path}: no config.json in it, so that no model can be built. Name one.")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FormatError(f"{path}: transformers cannot load its tokenizer ({reason}).") from None
+        raise FormatError(f"{path}: transformers cannot load it ({reason}).") from None
+    if adapter is not None:
+        from lorasurgery.training.live import add_adapter
+
+        add_adapter(model, path, adapter)
+    return LanguageModel(path, model, tokenizer, adapter)
 
 
-def _runtime(path: Path) -> RuntimeName:
-    if (path / GENAI_CONFIG).is_file():
-        return "genai" if find_spec("onnxruntime_genai") else "onnxruntime"
-    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        return "onnxruntime"
-    return "transformers"
+def windows(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """(where it starts, tokens) of windows without overlap; what follows alone in the last is left out."""
+    for start in range(0, len(tokens) - 1, size):
+        part = tokens[start : start + size]
+        if len(part) > 1:
+            yield start, part
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and notes of transformers' own."""
+    from transformers.utils import logging as their_logging
+
+    logging: Any = their_logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

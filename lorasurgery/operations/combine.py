@@ -16,11 +16,16 @@ import numpy as np
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError, ValueRangeError
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._combine_methods import METHODS, chance_of
-from lorasurgery.operations._interference import Factors, interference
-from lorasurgery.operations._made import (
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.combine_methods import METHODS, chance_of
+from lorasurgery.operations.algebra.interference import Factors, interference
+from lorasurgery.operations.algebra.made import (
     kept,
     low_rank,
     name_of,
@@ -29,9 +34,9 @@ from lorasurgery.operations._made import (
     usable,
     with_sites,
 )
-from lorasurgery.operations._nearest import Aim, check_rank, loss, nearest, total
-from lorasurgery.operations._svd import of_product
-from lorasurgery.operations._wholes import Wholes, combined
+from lorasurgery.operations.algebra.nearest import Aim, check_rank, loss, nearest, total
+from lorasurgery.operations.algebra.svd import of_product
+from lorasurgery.operations.algebra.wholes import Wholes, combined
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 

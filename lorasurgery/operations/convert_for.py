@@ -8,10 +8,15 @@ from pathlib import Path
 
 from lorasurgery.adapter import Site
 from lorasurgery.model import open_model
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._fit import fit
-from lorasurgery.operations._made import name_of, nbytes, usable
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.made import name_of, nbytes, usable
+from lorasurgery.operations.runtimes.fit import fit
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 
@@ -39,7 +44,7 @@ def convert_for(path: Path, output: Path | None, options: FitOptions, how: RunOp
     notes = usable(adapter, options.allowed)
     fitted = fit(adapter, options.runtime, open_model(base) if base else None)
     sites = fitted.adapter.sites
-    pairs = zip(adapter.sites, sites, strict=True)
+    pairs = zip(fitted.origins, sites, strict=True)
     results = tuple(_result(before, after) for before, after in pairs)
     settings = {"for": options.runtime, "dtype": options.form.dtype}
     total = {"modules": len(sites), "bytes": float(sum(nbytes(site) for site in sites))}

@@ -15,9 +15,9 @@ from lorasurgery.edit import tile_rows
 from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import dialect_of, open_adapter
-from lorasurgery.operations._interference import inner, interference
-from lorasurgery.operations._made import low_rank, name_of, nbytes, side_by_side, usable
-from lorasurgery.operations._subspace import square
+from lorasurgery.operations.algebra.interference import inner, interference
+from lorasurgery.operations.algebra.made import low_rank, name_of, nbytes, side_by_side, usable
+from lorasurgery.operations.algebra.subspace import square
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import TILE_BYTES, RunOptions
 from lorasurgery.tensors import BITS

@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from lorasurgery import __version__
-from lorasurgery.operations._known_problems import Facts, Problem, known_problems
+from lorasurgery.operations.diagnosis.known_problems import Facts, Problem, known_problems
 
 PACKAGES = (
     "torch", "triton", "numba", "numpy", "ml_dtypes", "safetensors", "huggingface_hub", "gguf",

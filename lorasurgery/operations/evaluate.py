@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import FormatError
-from lorasurgery.operations._language_model import LanguageModel, RuntimeName, encode, load
+from lorasurgery.operations.running.model import LanguageModel, encode
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
@@ -37,29 +36,18 @@ class Evaluation:
     agreement: float | None = None  # share of tokens at which both have the same first choice
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateOptions:
-    """window: tokens that are seen at once. runtime: what runs directories that several could."""
-
-    window: int = 512
-    runtime: RuntimeName = "auto"
-
-
 def evaluate(
-    model: Path,
-    other: Path | None,
+    one: LanguageModel,
+    two: LanguageModel | None,
     text: str,
-    options: EvaluateOptions,
+    window: int = 512,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Walk through the text in windows without overlap; each window's first token is given.
 
     Each model runs in the runtime that it is for, on the tokens of the first one's tokenizer.
-
     Raises FormatError for a text of less than two tokens, or two models of different vocabularies.
     """
-    one = load(model, options.runtime)
-    two = load(other, options.runtime) if other else None
     tokens = encode(one, text)
     if len(tokens) < 2:
         raise FormatError(
@@ -67,14 +55,14 @@ def evaluate(
         )
     if two and two.vocabulary != one.vocabulary:
         raise FormatError(
-            f"{other}: has {two.vocabulary} tokens, {model} {one.vocabulary}: their distributions cannot "
-            "be compared."
+            f"{two.path}: has {two.vocabulary} tokens, {one.path} {one.vocabulary}: their distributions "
+            "cannot be compared."
         )
     sums = _Sums()
-    for start, part in _windows(tokens, options.window):
+    for start, part in _windows(tokens, window):
         _add(sums, one, two, part)
         if progress:
-            progress(start + len(part), len(tokens), model.name)
+            progress(start + len(part), len(tokens), one.path.name)
     return _result(sums, one, two)
 
 
@@ -125,9 +113,9 @@ def _log_softmax(scores: Array) -> Array:
 def _result(sums: _Sums, one: LanguageModel, two: LanguageModel | None) -> Evaluation:
     perplexity = math.exp(sums.loss / sums.tokens)
     if two is None:
-        return Evaluation(str(one.path), one.runtime, sums.tokens, perplexity)
+        return Evaluation(one.name, one.runtime, sums.tokens, perplexity)
     return Evaluation(
-        str(one.path), one.runtime, sums.tokens, perplexity, str(two.path), two.runtime,
+        one.name, one.runtime, sums.tokens, perplexity, two.name, two.runtime,
         math.exp(sums.other_loss / sums.tokens), sums.divergence / sums.tokens,
         sums.agreeing / sums.tokens,
     )  # fmt: skip

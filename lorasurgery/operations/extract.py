@@ -16,10 +16,15 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array, as_bytes
 from lorasurgery.errors import MatchError, ValueRangeError
 from lorasurgery.model import Model, matches, open_model
-from lorasurgery.operations._adapter_output import AdapterFormat, Outcome, check_ready, publish
-from lorasurgery.operations._layers import Layer, layer_of
-from lorasurgery.operations._made import kept, side_by_side
-from lorasurgery.operations._nearest import Aim, loss, nearest, total
+from lorasurgery.operations.algebra.adapter_output import (
+    AdapterFormat,
+    Outcome,
+    check_ready,
+    publish,
+)
+from lorasurgery.operations.algebra.layers import Layer, layer_of
+from lorasurgery.operations.algebra.made import kept, side_by_side
+from lorasurgery.operations.algebra.nearest import Aim, loss, nearest, total
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 from lorasurgery.tensors import TensorInfo

@@ -18,12 +18,13 @@ from lorasurgery.change import LowRank, widened
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._interference import inner
-from lorasurgery.operations._made import side_by_side, usable
-from lorasurgery.operations._subspace import square
+from lorasurgery.operations.algebra.interference import inner
+from lorasurgery.operations.algebra.made import side_by_side, usable
+from lorasurgery.operations.algebra.subspace import square
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
-from lorasurgery.targets import Target, resolve, unmatched
+from lorasurgery.target import Target
+from lorasurgery.targets import resolve, unmatched
 
 _Changes = dict[int, LowRank]  # by the adapter's number
 

@@ -10,10 +10,10 @@ from typing import Any
 from lorasurgery.errors import FormatError
 from lorasurgery.layouts import is_conv1d
 from lorasurgery.model import HUB_ID
-from lorasurgery.operations._adapter_facts import adapter_facts
-from lorasurgery.operations._folding import fold, natural
-from lorasurgery.operations._onnx_facts import graph_facts
-from lorasurgery.operations._source import Source, open_source
+from lorasurgery.operations.inspecting.adapter_facts import adapter_facts
+from lorasurgery.operations.inspecting.folding import fold, natural
+from lorasurgery.operations.inspecting.onnx_facts import graph_facts
+from lorasurgery.operations.inspecting.source import Source, open_source
 from lorasurgery.tensors import BITS
 from lorasurgery.weights import Weights
 
@@ -84,7 +84,7 @@ def _open(text: str) -> Source:
         return open_source(path)
     if not HUB_ID.fullmatch(text):
         raise FormatError(f"{text}: no such file or directory. Check the path.")
-    from lorasurgery.operations._hub import open_hub
+    from lorasurgery.operations.inspecting.hub import open_hub
 
     return open_hub(text)
 

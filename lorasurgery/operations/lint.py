@@ -10,8 +10,8 @@ from lorasurgery.adapter import Adapter
 from lorasurgery.errors import UnknownNameError, VerificationError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._features import Feature, features
-from lorasurgery.operations._runtimes import RUNTIMES, Claim, Runtime, Verdict
+from lorasurgery.operations.runtimes.claims import RUNTIMES, Claim, Runtime, Verdict
+from lorasurgery.operations.runtimes.features import Feature, features
 from lorasurgery.plugins import suggestion
 
 
@@ -77,7 +77,8 @@ def _rows(adapter: Adapter, runtime: Runtime, model: Model | None) -> list[Row]:
         rows.append(Row("layout", verdict, why, claim.source if claim else ""))
     # what the runtime's own layout says needs no converter that could lose it
     own = runtime.layouts[0] == adapter.dialect != "peft"
-    rows += [_row(feature, runtime.claims, own=own) for feature in features(adapter, model)]
+    claims = runtime.claims_on(model.config if model else adapter.base_config)
+    rows += [_row(feature, claims, own=own) for feature in features(adapter, model)]
     most = max(runtime.ranks, default=0)
     high = tuple(s.module for s in adapter.sites if most and s.config.rank > most)
     if high:

@@ -10,12 +10,12 @@ from lorasurgery.edit import Edit
 from lorasurgery.errors import VerificationError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._merge_options import MergeOptions
-from lorasurgery.operations._merge_work import Work, lay_upon
-from lorasurgery.operations._residual import write_adapter
-from lorasurgery.operations._retained import total
 from lorasurgery.operations._right_base import check_base
-from lorasurgery.operations._undo_file import Undo, adapter_facts, check_target, layout_facts
+from lorasurgery.operations.merging.options import MergeOptions
+from lorasurgery.operations.merging.residual import write_adapter
+from lorasurgery.operations.merging.retained import total
+from lorasurgery.operations.merging.work import Work, lay_upon
+from lorasurgery.operations.undoing.undo_file import Undo, adapter_facts, check_target, layout_facts
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import Plan, RunOptions, rehearse, run
 

@@ -16,9 +16,9 @@ from lorasurgery.export._onnx_modules import Modules, open_modules
 from lorasurgery.export._onnx_write import check_file
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._merge_edits import Rounding
 from lorasurgery.operations._onnx_output import Deed, deliver
-from lorasurgery.operations._retained import Sums, total
+from lorasurgery.operations.merging.edits import Rounding
+from lorasurgery.operations.merging.retained import Sums, total
 from lorasurgery.problems import Problem, refuse
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions

@@ -17,7 +17,7 @@ from lorasurgery.change import Change, LowRank
 from lorasurgery.errors import UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations._svd import singular_values
+from lorasurgery.operations.algebra.svd import singular_values
 from lorasurgery.problems import refuse
 from lorasurgery.targets import resolve, unmatched
 

@@ -17,12 +17,12 @@ from lorasurgery.checkpoint import MANIFEST
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._merge_options import MergeOptions
-from lorasurgery.operations._merge_work import Work, lay_upon
-from lorasurgery.operations._rebuild import Base, Rebuild
-from lorasurgery.operations._retained import Sums, total
-from lorasurgery.operations._undo_file import adapter_facts
-from lorasurgery.operations._undo_read import UndoFile
+from lorasurgery.operations.merging.options import MergeOptions
+from lorasurgery.operations.merging.retained import Sums, total
+from lorasurgery.operations.merging.work import Work, lay_upon
+from lorasurgery.operations.undoing.rebuild import Base, Rebuild
+from lorasurgery.operations.undoing.undo_file import adapter_facts
+from lorasurgery.operations.undoing.undo_read import UndoFile
 from lorasurgery.problems import Problem, refuse
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import Plan, RunOptions, rehearse, run

@@ -20,10 +20,10 @@ from lorasurgery.export._onnx_modules import open_modules
 from lorasurgery.formats.onnx import File
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations._check import Finding, check
-from lorasurgery.operations._expected import Expected, expect
-from lorasurgery.operations._verdict import CODES
 from lorasurgery.operations.merge_onnx import plain
+from lorasurgery.operations.verifying.check import Finding, check
+from lorasurgery.operations.verifying.expected import Expected, expect
+from lorasurgery.operations.verifying.verdict import CODES
 from lorasurgery.surgery import Progress
 
 LEAST = 0.9  # of a change, where a merge into codes must keep it

@@ -15,7 +15,7 @@ from merging import done, make_adapter, merged_by_peft, surgery
 from tiny import Base
 from transformers import AutoModelForCausalLM
 
-from lorasurgery.operations import _run_genai, _run_onnxruntime
+from lorasurgery.operations.running import by_genai, by_onnxruntime
 
 MODULES = {"one": ["q_proj", "v_proj", "down_proj"], "other": ["q_proj", "up_proj", "gate_proj"]}
 RANKS = {"one": 3, "other": 5}
@@ -38,7 +38,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
     return plain, home / "out"
 
 
-@pytest.mark.parametrize("runtime", [_run_onnxruntime, _run_genai])
+@pytest.mark.parametrize("runtime", [by_onnxruntime, by_genai])
 def test_each_adapter_that_is_switched_on_is_its_merged_model(
     exported: tuple[Base, Path], runtime: object
 ) -> None:

@@ -18,7 +18,7 @@ from tiny import Base
 from transformers import AutoModelForCausalLM
 
 from lorasurgery.export import _onnx_decoder
-from lorasurgery.operations import _run_genai, _run_onnxruntime
+from lorasurgery.operations.running import by_genai, by_onnxruntime
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,7 @@ def test_both_runtimes_compute_what_transformers_does(
     dequantized_nf4: Path, nf4_exported: Path
 ) -> None:
     want = scores(dequantized_nf4)
-    for run in (_run_genai, _run_onnxruntime):
+    for run in (by_genai, by_onnxruntime):
         got = run.load(nf4_exported).logits(TOKENS)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
@@ -164,7 +164,7 @@ def test_int4_computes_with_its_codes_in_products_head_and_embedding(
     assert changed > 0.01
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not any(t.dtype == np.float32 and t.shape == (64, 72) for t in tensors.values())
-    for run in (_run_genai, _run_onnxruntime):
+    for run in (by_genai, by_onnxruntime):
         got = run.load(exported).logits(TOKENS)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
 
@@ -183,7 +183,7 @@ def test_a_merged_adapter_is_pefts_and_float16_holds_it(
     with torch.no_grad():
         want = merged_by_peft(base, (adapter, 1.0))(torch.from_numpy(TOKENS)[None]).logits[0]
     before = scores(decoder)
-    for run in (_run_genai, _run_onnxruntime):
+    for run in (by_genai, by_onnxruntime):
         got = run.load(out).logits(TOKENS)
         # weights of about 1 to 11 bits
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-3 * float(want.abs().max()))

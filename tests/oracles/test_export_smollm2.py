@@ -12,8 +12,8 @@ import torch
 from merging import done
 from transformers import AutoModelForCausalLM
 
-from lorasurgery.operations import _run_genai, _run_onnxruntime
-from lorasurgery.operations._language_model import encode
+from lorasurgery.operations.running import by_genai, by_onnxruntime
+from lorasurgery.operations.running.model import encode
 
 # what the NF4 model goes on with, greedily, 64 tokens each; written by transformers from its dequantized
 # weights. A text is greedy if each token has the highest score after those before it: no model has to write
@@ -85,7 +85,7 @@ def by_bitsandbytes(nf4: tuple[Path, Path]) -> torch.nn.Module:
 def test_64_greedy_tokens_of_5_prompts_are_bitsandbytes(
     nf4: tuple[Path, Path], by_bitsandbytes: torch.nn.Module
 ) -> None:
-    ours = _run_onnxruntime.load(nf4[1])
+    ours = by_onnxruntime.load(nf4[1])
     for prompt, continued in TEXTS.items():
         begin, text = encode(ours, prompt), encode(ours, prompt + continued)
         made = text[len(begin) :]
@@ -104,7 +104,7 @@ def test_64_greedy_tokens_of_5_prompts_are_bitsandbytes(
 
 
 def test_the_cache_makes_the_same_text_in_both_runtimes(nf4: tuple[Path, Path]) -> None:
-    ours, genai = _run_onnxruntime.load(nf4[1]), _run_genai.load(nf4[1])
+    ours, genai = by_onnxruntime.load(nf4[1]), by_genai.load(nf4[1])
     prompt = encode(ours, "Water boils at")
     text = ours.complete(prompt, 4)
     np.testing.assert_array_equal(genai.complete(prompt, 4), text)

@@ -1,0 +1,1 @@
+"""What inspect looks at, and how numbers by layer are shown."""

@@ -1,0 +1,1 @@
+"""What merge is made of: options, the work on each tensor, quantizing again."""

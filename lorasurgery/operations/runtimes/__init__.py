@@ -1,0 +1,1 @@
+"""What runtimes read of an adapter, and adapters made to fit."""

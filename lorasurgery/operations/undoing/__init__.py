@@ -1,0 +1,1 @@
+"""What brings a base back byte for byte."""

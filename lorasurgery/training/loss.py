@@ -1,0 +1,42 @@
+"""Cross-entropy of a batch, summed over the positions that have a label."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lorasurgery.errors import UsageError
+from lorasurgery.training.batches import Batch
+from lorasurgery.training.examples import IGNORED
+
+
+def total(model: nn.Module, batch: Batch) -> Tensor:
+    """Float32, in nats; logits are made only where some row has a label."""
+    if batch.labels.ndim == 1:
+        logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
+        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+    asked: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
+    known = accepted(model)
+    if batch.positions is not None:
+        if "position_ids" not in known:
+            raise UsageError(
+                f"--pack: {type(model).__name__} takes no positions, so that texts in one row would see "
+                "each other. Take it away."
+            )
+        asked["position_ids"] = batch.positions
+    labels = batch.labels
+    if "logits_to_keep" in known:
+        (wanted,) = (labels != IGNORED).any(0).nonzero(as_tuple=True)
+        asked["logits_to_keep"], labels = wanted, labels[:, wanted]
+    logits = model(**asked).logits
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def accepted(model: nn.Module) -> set[str]:
+    """The names of what its forward takes."""
+    return set(inspect.signature(model.forward).parameters)

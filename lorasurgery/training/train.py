@@ -1,0 +1,170 @@
+"""Train an adapter on a frozen base: OUT.partial holds metrics and states while it runs, OUT the adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import blake3
+
+from lorasurgery import __version__, plugins
+from lorasurgery.adapter import Adapter, Dialect
+from lorasurgery.checkpoint import MANIFEST, SCRATCH
+from lorasurgery.errors import LoraSurgeryError
+from lorasurgery.operations.algebra.adapter_output import (
+    Outcome,
+    as_written,
+    check_variants,
+    layout_for,
+    manifest_of,
+)
+from lorasurgery.output import Output
+from lorasurgery.place import check_apart, check_free, check_room, recover, writing
+from lorasurgery.report import Report, read_manifest
+from lorasurgery.surgery import RunOptions, stamp
+from lorasurgery.training import setup, state, written
+from lorasurgery.training.method import Group
+from lorasurgery.training.options import TrainOptions
+from lorasurgery.training.records import files
+from lorasurgery.training.setup import Prepared
+
+METRICS = "metrics.jsonl"
+STATE = Path(SCRATCH) / "state.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The report, and what the optimizer was given."""
+
+    report: Report
+    groups: tuple[Group, ...] = ()
+
+
+def train(base: Path, output: Path | None, options: TrainOptions, how: RunOptions) -> Trained:
+    """Without an output, everything is prepared and counted, and no step is made.
+
+    Raises OutputError, FormatError, MatchError, UsageError; ValueRangeError for a loss that is no number:
+    then OUT.partial keeps the last state that was saved.
+    """
+    started = time.perf_counter()
+    inputs = {"base": base, **{f"data{i}": p for i, p in enumerate(_files(options))}}
+    plan = _identity(inputs, options)
+    if output is not None:
+        check_apart(output, inputs.values())
+        with writing(output, "the output"):
+            recover(output)
+        if how.output.resume and (done := read_manifest(output, plan)):
+            return Trained(done)
+        check_free(output, overwrite=how.output.overwrite)
+        check_room(output, 0)
+    prepared = setup.prepare(base, options)
+    detours = prepared.trainer.parts.detours
+    total = setup.describe(detours, prepared.groups)
+    report = Report("train", (), 0.0, total)
+    if output is not None:
+        run = _Run(base, inputs, options, prepared, plan, started)
+        report = run.into(Output(output, (), plan, how.output), report)
+    return Trained(replace(report, seconds=time.perf_counter() - started), prepared.groups)
+
+
+def _files(options: TrainOptions) -> list[Path]:
+    return [path for text in (*options.data, *options.held.data) for path in files(text)]
+
+
+def _identity(inputs: Mapping[str, Path], options: TrainOptions) -> str:
+    facts = {
+        "version": __version__,
+        "settings": options.settings,
+        "inputs": {role: stamp(path) for role, path in inputs.items()},
+    }
+    return blake3.blake3(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run while it is made."""
+
+    base: Path
+    inputs: Mapping[str, Path]
+    options: TrainOptions
+    prepared: Prepared
+    plan: str
+    started: float
+
+    def into(self, output: Output, report: Report) -> Report:
+        """Train and write; what was saved stays if it fails."""
+        saved = output.partial / STATE
+        try:
+            self._steps(output, saved)
+            trainer = self.prepared.trainer
+            trainer.take_best()
+            trainer.parts.hooks.finish()
+            report = replace(report, total={**report.total, **self._figures()})
+            return self._write(output, report)
+        except BaseException as error:
+            if saved.exists():
+                output.leave()
+                if isinstance(error, LoraSurgeryError):
+                    raise type(error)(f"{error} {self._left(output, saved)}") from error
+            else:
+                output.abandon()
+            raise
+
+    def _left(self, output: Output, saved: Path) -> str:
+        kept = state.load(saved).step
+        return f"{output.partial} keeps the state after step {kept}."
+
+    def _steps(self, output: Output, saved: Path) -> None:
+        trainer, recipe = self.prepared.trainer, self.prepared.trainer.recipe
+        if saved.exists():
+            trainer.restore(state.load(saved))
+        path = output.partial / METRICS
+        with writing(path, "the metrics"), path.open("ab") as file:
+            file.truncate(trainer.metrics)
+            while not trainer.over:
+                began = time.perf_counter()
+                told: dict[str, Any] = trainer.step()
+                due = trainer.due(recipe.evaluate_every)
+                if self.prepared.held_out and due:
+                    told["eval_loss"] = trainer.evaluate(self.prepared.held_out)
+                    trainer.judge(told["eval_loss"])
+                told["seconds"] = round(time.perf_counter() - began, 4)
+                file.write(json.dumps(told).encode() + b"\n")
+                file.flush()
+                trainer.metrics = file.tell()
+                self.options.watch(told, recipe.steps)
+                if trainer.due(recipe.save_every):
+                    os.fsync(file.fileno())
+                    state.save(trainer.capture(), saved)
+
+    def _figures(self) -> dict[str, float]:
+        trainer = self.prepared.trainer
+        found: dict[str, float] = {"steps": trainer.step_done, "tokens": trainer.tokens}
+        if trainer.losses:
+            found["loss"] = sum(trainer.losses) / len(trainer.losses)
+        if trainer.best is not None:
+            found |= {"eval_loss": trainer.best.loss, "best_step": trainer.best.step}
+        return found
+
+    def _adapter(self, output: Output) -> tuple[Adapter, Dialect]:
+        detours, options = self.prepared.trainer.parts.detours, self.options
+        made = written.adapter(detours, options.name, output.path, self.prepared.settings)
+        name = options.dialect or layout_for(made)
+        dialect = cast(Dialect, plugins.load("dialects", name))
+        made = as_written(made, name, "F32")
+        check_variants(made, name, dialect)
+        return made, dialect
+
+    def _write(self, output: Output, report: Report) -> Report:
+        adapter, dialect = self._adapter(output)
+        with writing(output.partial, "the adapter"):
+            dialect.write(adapter, output.partial)
+        report = replace(report, seconds=time.perf_counter() - self.started)
+        outcome = Outcome("train", adapter, self.inputs, self.options.settings, (), report.total)
+        output.commit({MANIFEST: manifest_of(outcome, adapter, report, self.plan)})
+        return report

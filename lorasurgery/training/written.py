@@ -1,0 +1,53 @@
+"""What was trained as an Adapter: the layers' factors, as any dialect writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasurgery.adapter import Adapter, Site
+from lorasurgery.tensors import TensorInfo
+from lorasurgery.training.adapted import Adapted, turned
+from lorasurgery.training.attach import Detours
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorasurgery.arrays import Array
+
+
+def adapter(detours: Detours, base: str, path: Path, settings: Mapping[str, Any]) -> Adapter:
+    """Factors are the live tensors; they are copied when a dialect loads them."""
+    sites = tuple(_site(name, layer) for name, layer in detours.layers.items())
+    whole = {n: TensorInfo(n, "F32", tuple(p.shape)) for n, p in detours.whole.items()}
+    return Adapter(
+        path=path,
+        dialect="peft",
+        base=base,
+        sites=sites,
+        replaced=whole,
+        added={},
+        load=lambda name: array(detours.whole[name]),
+        load_added=lambda name: array(detours.whole[name]),
+        settings=settings,
+    )
+
+
+def _site(module: str, layer: Adapted) -> Site:
+    factors = layer.given
+    infos = {n: TensorInfo(f"{module}.{n}", "F32", tuple(f.shape)) for n, f in factors.items()}
+    return Site(
+        module, "weight", layer.layout, layer.config, infos, _loader(factors),
+        fan_in_fan_out=turned(layer.base),
+    )  # fmt: skip
+
+
+def _loader(factors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Array]]:
+    return lambda: {name: array(factor) for name, factor in factors.items()}
+
+
+def array(tensor: Tensor) -> Array:
+    """Float32, of its own memory."""
+    found: Array = tensor.detach().float().cpu().numpy().copy()
+    return found

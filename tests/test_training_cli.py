@@ -1,0 +1,137 @@
+"""lorasurgery train as it is typed, and what evaluate and generate make of its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lorasurgery.cli.app import app
+from tests.training_case import TEXT, save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("train-cli") / "base")
+
+
+def surgery(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def done(*arguments: object) -> str:
+    result = surgery(*arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def refused(*arguments: object) -> tuple[int, str]:
+    result = surgery(*arguments)
+    assert isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stderr.strip().replace("error: ", "")
+
+
+SHORT = ("--steps", 3, "--batch", 2, "--length", 48, "--rank", 4, "--device", "cpu")
+
+
+def test_groups_are_explained_with_their_rates(base, tmp_path):
+    flags = ("--method", "lora+", "--ratio", 8, "--lr", 1e-4, "--explain-optimizer")
+    said = done("train", base, "--data", TEXT, "-o", tmp_path / "out", *flags, *SHORT)
+    assert said.splitlines()[-3:] == [
+        "group  tensors  parameters  learning rate  weight decay",
+        "A           14        1920         0.0001             0",
+        "B           14        1792         0.0008             0",
+    ]
+    assert f"wrote {tmp_path}/out in " in said
+
+
+def test_a_dry_run_counts_and_writes_nothing(base, tmp_path):
+    said = done("train", base, "--data", TEXT, "--dry-run", "--json", "--method", "dora", *SHORT)
+    total = json.loads(said)["total"]
+    # A, B, and a magnitude for each output
+    assert total["trained_parameters"] == 1920 + 1792 + 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    assert total["groups"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_come_from_a_file_and_flags_win(base, tmp_path):
+    config = {"data": [str(TEXT)], "steps": 2, "rank": 3, "length": 48, "lr": 0.01, "device": "cpu"}
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(config))
+    said = done("train", base, "-c", file, "-o", tmp_path / "out", "--rank", 5, "--json")
+    assert json.loads(said)["total"]["steps"] == 2
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 5
+    file.write_text(json.dumps({**config, "ranck": 3}))
+    code, said = refused("train", base, "-c", file, "-o", tmp_path / "again")
+    assert code == 2
+    assert f"{file}: no option 'ranck'. Did you mean 'rank'?" in " ".join(said.split())
+
+
+def test_a_flag_of_another_method_is_refused(base, tmp_path):
+    call = ("train", base, "--data", TEXT, "-o", tmp_path / "out", "--ratio", 4)
+    assert refused(*call) == (2, "--ratio: means nothing to lora. It belongs to lora+.")
+    call = ("train", base, "--data", TEXT, "-o", tmp_path / "out", "-m", "lora-fs")
+    assert refused(*call) == (1, "--method lora-fs: no method. Did you mean 'lora-fa'?")
+
+
+def test_data_must_be_given_and_be_there(base, tmp_path):
+    code, _ = refused("train", base, "-o", tmp_path / "out")
+    assert code == 2
+    nowhere = tmp_path / "nowhere.txt"
+    assert refused("train", base, "--data", nowhere, "-o", tmp_path / "out") == (
+        1, f"{nowhere}: no such file or directory. Check the path of --data.",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_an_adapter_beside_its_base_is_evaluated_like_the_merged_model(base, tmp_path, method):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text()[:400])
+    flags = ("--method", method, "--lr", 0.05)
+    done("train", base, "--data", TEXT, "-o", adapter, *SHORT, *flags)
+    done("merge", base, adapter, "-o", merged)
+
+    def evaluated(*call: object) -> Any:
+        return json.loads(done("evaluate", *call, "--text", text, "--json"))
+
+    found = evaluated(base, merged, "--adapter", adapter)
+    assert found["model"] == f"{base} + {adapter}"
+    assert found["divergence"] < 1e-7
+    assert found["agreement"] == 1.0
+    plain = evaluated(base, merged)
+    assert plain["divergence"] > 1e-5
+    prompt = ("The files", "--tokens", 12, "--json")
+    one = json.loads(done("generate", base, *prompt, "--adapter", adapter))["answers"]
+    two = json.loads(done("generate", merged, *prompt))["answers"]
+    assert one == two
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_evaluated(base, tmp_path):
+    adapter, other = tmp_path / "adapter", save_base(tmp_path / "other", hidden_size=64)
+    done("train", base, "--data", TEXT, "-o", adapter, *SHORT, "--target-modules", "up_proj")
+    code, said = refused("evaluate", other, "--adapter", adapter, "--text", TEXT)
+    where = "model.layers.0.mlp.up_proj"
+    assert (code, said) == (1, (
+        f"{adapter}: {where}: A [4, 32] and B [48, 4] make a change of [48, 32], but {where}.weight in "
+        f"{other} is [48, 64] (1 more like it: base_model.model.model.layers.1.mlp.up_proj.lora_A.weight). "
+        "Mend it, or leave it out with --allow-unmatched "
+        f"'base_model.model.{where}.lora_A.weight'."
+    ))  # fmt: skip
+
+
+def test_metrics_and_report_say_what_was_done(base, tmp_path):
+    out: Path = tmp_path / "out"
+    done("train", base, "--data", TEXT, "-o", out, *SHORT, "--warmup", 1, "--schedule", "cosine")
+    said = json.loads((out / "surgery.json").read_text())
+    assert said["settings"]["pace"]["schedule"] == "cosine"
+    assert said["settings"]["wanted"]["rank"] == 4
+    assert said["inputs"] == {"base": str(base), "data0": str(TEXT)}
+    assert said["base"] == str(base)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "grad_norm", "tokens", "rate", "seconds"} == set(rows[0])
