@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from benchmarks.processes import Run, run
 from benchmarks.rows import OURS
@@ -52,6 +53,8 @@ def exports(base: Path, scratch: Path) -> dict[str, Run]:
             "--extra_options", "hf_token=false", "accuracy_level=4",
         )
     )  # fmt: skip
+    for name, done in made.items():
+        say(f"{name}: {done.seconds:.1f} s, {done.peak_mib:.0f} MiB", sys.stderr)
     return made
 
 
@@ -64,6 +67,10 @@ def size(folder: Path) -> float:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / (1 << 20)
 
 
+def say(text: str, file: TextIO = sys.stdout) -> None:
+    print(text, file=file, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path, help="a 16-bit model directory")
@@ -71,7 +78,6 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("bench-out/decode"))
     parser.add_argument("--one", action="store_true", help="decode in BASE, print tokens a second")
     options = parser.parse_args()
-    say: Callable[[str], object] = lambda text: print(text, flush=True)  # noqa: E731
     if options.one:
         say(f"{decode(options.base, PROMPT, TOKENS):.3f}")
         return
@@ -83,6 +89,14 @@ def main() -> None:
         for folder in folders:
             done = run((sys.executable, "-m", "benchmarks.decode", folder, "--one"))
             speeds[folder.name].append(float(done.stdout.split()[-1]))
+            say(f"{folder.name}: {speeds[folder.name][-1]:.1f} tokens/s", sys.stderr)
+    report(folders, made, speeds)
+
+
+def report(
+    folders: Sequence[Path], made: Mapping[str, Run], speeds: Mapping[str, Sequence[float]]
+) -> None:
+    """The table."""
     say("| who | tokens/s | samples | size MiB | export s | export peak MiB |")
     say("|---|--:|---|--:|--:|--:|")
     for folder in folders:
