@@ -68,6 +68,12 @@ def reference(
     return lora_merge.reference(w.view(b.shape[0], a.shape[1]), a, b, dtype, seed, offset)
 
 
+def rows_at_a_time(columns: int, block: int) -> int:
+    """About a TILE of them, that begin with a block and with a byte wherever they do."""
+    least = 2 * block // gcd(2 * block, max(1, columns))
+    return least * max(1, TILE // max(1, least * columns))
+
+
 def cpu(
     codes: Array, absmax: Array, block: int, a: Array, b: Array, decoded: Any, dtype: Any,
     seed: int | None = None, offset: int = 0,
@@ -75,8 +81,7 @@ def cpu(
     """The same in numba, some rows at a time that are whole blocks and bytes."""
     rows, columns = len(b), a.shape[1]
     out, sums = np.empty((rows, columns), dtype), np.zeros(3)
-    least = 2 * block // gcd(2 * block, max(1, columns))
-    step = least * max(1, TILE // max(1, least * columns))
+    step = rows_at_a_time(columns, block)
     for start in range(0, rows, step):
         here = slice(start, min(start + step, rows))
         first, n = start * columns, (here.stop - start) * columns
@@ -84,7 +89,9 @@ def cpu(
             codes[first // 2 : -(-(first + n) // 2)],
             absmax[first // block : -(-(first + n) // block)],
         )
-        w = nf4_dequantize.cpu(*part, block, n, decoded, NF4).reshape(-1, columns)
+        w = nf4_dequantize.cpu(*part, block, n, decoded, NF4).reshape(
+            -1 if columns else len(b[here]), columns
+        )
         out[here], *found = lora_merge.cpu(w, a, b[here], dtype, seed, offset + first)
         sums += found
     signal, power, noise2 = map(float, sums)

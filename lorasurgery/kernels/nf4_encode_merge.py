@@ -7,7 +7,6 @@ of `lora_merge`, bit for bit, without the float32 weights in memory; the noise i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta, lora_merge, nf4_dequantize, nf4_quantize
 from lorasurgery.kernels._chance import keys
 from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
-from lorasurgery.kernels.nf4_decode_merge import TILE
+from lorasurgery.kernels.nf4_decode_merge import rows_at_a_time
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -87,8 +86,7 @@ def cpu(
     rows, columns = w.shape
     codes, scales = np.empty(-(-w.size // 2), np.uint8), np.empty(-(-w.size // block), np.float32)
     sums, wide = np.zeros(3), np.dtype(np.float32)
-    least = 2 * block // gcd(2 * block, max(1, columns))
-    step = least * max(1, TILE // max(1, least * columns))
+    step = rows_at_a_time(columns, block)
     for start in range(0, rows, step):
         here, first = slice(start, start + step), start * columns
         total, *_ = lora_merge.cpu(w[here], a, b[here], wide)
