@@ -105,8 +105,7 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import decode_merge
-    from lorasurgery.kernels._merge_nf4_triton import MERGE
+    from lorasurgery.kernels._merge_mixed_triton import MERGE, decode_merge
     from lorasurgery.kernels._tuning import Config, tuned
 
     shape, device = (b.shape[0], a.shape[1]), codes.device
@@ -124,7 +123,7 @@ def launch(
         decode_merge[(programs,)](
             *inputs, as_bits, sums[0], table, out.numel(), shape[1], len(a), offset, k1, k2,
             DTYPE=dtype_name(decoded), KIND=dtype_name(dtype), CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=False,
+            BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip
 
     if out.numel():
@@ -141,7 +140,7 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     kinds = torch.bfloat16, torch.float16, torch.float32
     for label, (codes, absmax, block, a, b, decoded, *more) in nf4_merge.cases(rng):
         if not more:
-            for dtype in {decoded, torch.float32, kinds[len(b) % 3]}:
+            for dtype in dict.fromkeys((decoded, torch.float32, kinds[len(b) % 3])):
                 call = codes, absmax, block, a, b, decoded, dtype
                 yield f"{label}-{dtype}", call
                 yield f"{label}-{dtype}-seed", (*call, 5, (1 << 32) - 2 * block)

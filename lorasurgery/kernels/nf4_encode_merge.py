@@ -111,8 +111,7 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import encode_merge
-    from lorasurgery.kernels._merge_nf4_triton import MERGE
+    from lorasurgery.kernels._merge_mixed_triton import MERGE, encode_merge
     from lorasurgery.kernels._tuning import Config, tuned
 
     n, device, keep = w.numel(), w.device, absmax is not None
@@ -131,7 +130,7 @@ def launch(
         encode_merge[(programs,)](
             w.view(torch.int16) if bfloat else w, given, a, b, codes, scales, sums[0], table, n,
             w.shape[1], len(a), offset, k1, k2, BFLOAT=bfloat, KEEP=keep, CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=False,
+            BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
