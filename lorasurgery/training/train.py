@@ -165,6 +165,8 @@ class _Run:
         with writing(output.partial, "the adapter"):
             dialect.write(adapter, output.partial)
         report = replace(report, seconds=time.perf_counter() - self.started)
-        outcome = Outcome("train", adapter, self.inputs, self.options.settings, (), report.total)
-        output.commit({MANIFEST: manifest_of(outcome, adapter, report, self.plan)})
+        read = written.digests(self.base, adapter)
+        outcome = Outcome("train", adapter, self.inputs, self.options.settings, read, report.total)
+        content = manifest_of(outcome, adapter, replace(report, results=read), self.plan)
+        output.commit({MANIFEST: content})
         return report
