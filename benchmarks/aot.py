@@ -6,18 +6,22 @@ compiled for each chip. Registers, spills and instructions are read from the mac
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from lorasurgery.kernels._tuning import every
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,42 @@ def recording() -> Iterator[list[Call]]:
         triton.JITFunction.run = run
 
 
-def recorded(launch: Callable[[], object], chip: Chip) -> list[Call]:
-    """The launches that a function makes where this chip is."""
+def recorded(launch: Callable[[], object], chip: Chip, *, all_configs: bool) -> list[Call]:
+    """The launches that a function makes where this chip is, of the first configuration or of each."""
     driver.set_active(_Absent(CHIPS.index(chip)))
-    with recording() as calls:
+    with recording() as calls, every() if all_configs else nullcontext():
         launch()
     return calls
+
+
+def key(call: Call, chip: Chip) -> str:
+    """What the code depends on: sources, constants, kinds and alignments of arguments, chip, compiler."""
+    facts = (
+        triton.__version__, chip.target, sorted(_sources(call.kernel)), call.constants,
+        [_kind(argument) for argument in call.args],
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _sources(kernel: Any) -> set[str]:
+    """Of the function, and of all those that it calls."""
+    found, left = set(), [kernel]
+    while left:
+        function = left.pop()
+        if function.src not in found:
+            found.add(function.src)
+            # names of attributes are among these; `tl.dot` costs no more than a look at `dot`
+            named = map(function.fn.__globals__.get, function.fn.__code__.co_names)
+            left += [other for other in named if isinstance(other, triton.JITFunction)]
+    return found
+
+
+def _kind(argument: Any) -> str:
+    """As a launch tells arguments apart."""
+    if isinstance(argument, torch.Tensor):
+        return f"{argument.dtype} {argument.data_ptr() % 16 == 0}"
+    wide = -(1 << 31) <= argument < 1 << 31
+    return "1" if argument == 1 else f"int {wide} {argument % 16 == 0}"
 
 
 def compiled(call: Call, chip: Chip) -> Code:

@@ -1,7 +1,7 @@
-"""Every Triton kernel compiled for four GPUs, none of which need be here: a table, or JSON.
+"""Every Triton kernel in every configuration, compiled for four GPUs, none of which need be here: a table.
 
 Times are computed, not measured: the larger of the bytes that must move over the memory's bandwidth and of
-the operations over the peak rate. No kernel is as fast; what is left of it, a GPU would have to say.
+the operations over the peak rate. No kernel is as fast; what is left of it, a GPU would have to say. What was compiled once is kept in results/kernels.json by the hash of its sources.
 """
 
 from __future__ import annotations
@@ -10,17 +10,25 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.aot import CHIPS, Call, Chip, Code, compiled, recorded
+from benchmarks.aot import CHIPS, Call, Chip, Code, compiled, key, recorded
 from lorasurgery import plugins
-from lorasurgery.kernels import grouped_lora, lora_linear, nf4_linear
+from lorasurgery.kernels import (
+    adalora_importance,
+    dora_norm,
+    grouped_lora,
+    lora_linear,
+    nf4_linear,
+)
 from lorasurgery.kernels._packed import Packed
 
+RESULTS = Path(__file__).with_name("results") / "kernels.json"
 SIZE = 4096  # outputs and inputs of the layer
 RANK, BLOCK, PAGE = 16, 64, 1024
 
@@ -100,55 +108,103 @@ def grouped(m: int, dtype: torch.dtype, page: int = PAGE) -> object:
     return grouped_lora.launch(x, adapter, pool, *index, RANK, SIZE, empty(m, SIZE, dtype=dtype))
 
 
-def launches(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The matrix kernels in every configuration, or in those that are most used."""
+Launch = Callable[[], object]
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Those that together have every configuration of every kernel, in its heaviest form."""
     half, full = torch.bfloat16, torch.float32
     for m in (1, 16, 64, SIZE):
-        yield f"nf4_linear m={m}", partial(linear, m, half)
-        if not quick:
-            yield f"nf4_linear m={m} nested", partial(linear, m, half, double=True)
-            yield f"nf4_linear m={m} float16", partial(linear, m, torch.float16)
-            yield f"nf4_linear m={m} float32", partial(linear, m, full)
-            yield f"nf4_linear m={m} crossing", partial(linear, m, half, size=SIZE + 32)
-    for m in (1, SIZE) if quick else (1, 16, 64, SIZE):
         yield f"lora_linear m={m} nested", partial(lora, m, half)
-    for m in (SIZE,) if quick else (16, 64, SIZE):
+    for m in (16, 64, SIZE):
         yield f"lora_linear gradient m={m} nested", partial(backward, m, half, RANK)
+    for m in (1, 16, SIZE):
+        yield f"nf4_linear m={m} float32", partial(linear, m, full)
+        yield f"nf4_linear m={m} crossing", partial(linear, m, half, size=SIZE + 32)
     for m in (64, SIZE):
         yield f"grouped_lora m={m}", partial(grouped, m, half)
-        if not quick:
-            yield f"grouped_lora m={m} float32", partial(grouped, m, full)
-            yield f"grouped_lora m={m} page=10", partial(grouped, m, half, page=10)
-    if not quick:
-        yield f"nf4_linear gradient m={SIZE} nested", partial(backward, SIZE, half, 0)
-        yield f"nf4_linear gradient m={SIZE} float32", partial(backward, SIZE, full, 0)
+    yield "dora_output gradient", partial(scaled_backward, True)
+    for name in simple():
+        yield name, partial(plugins.load("kernels", name).launch, *layer(name))
+    w, a, b = layer("dora_norm")
+    yield "dora_norm columns", partial(dora_norm.launch, w, a, b, 0)
+    w, grad, sensitivity, uncertainty = (x.T.contiguous() for x in layer("adalora_importance")[:4])
+    across = partial(adalora_importance.launch, w, grad, sensitivity, uncertainty, 0)
+    yield "adalora_importance axis 0", across
 
 
-def others() -> Iterator[tuple[str, Callable[[], object]]]:
-    """All other kernels, on the cases of their tests."""
-    for name in plugins.names("kernels"):
+def simple() -> list[str]:
+    """The kernels without products of matrices."""
+    found = [(name, plugins.load("kernels", name)) for name in plugins.names("kernels")]
+    return [n for n, k in found if hasattr(k, "launch") and not hasattr(k, "tolerance")]
+
+
+@cache
+def layer(name: str) -> tuple[Any, ...]:
+    """What a clock would run a kernel on."""
+    args: tuple[Any, ...] = plugins.load("kernels", name).sized(
+        torch.Generator().manual_seed(0), SIZE
+    )
+    return args
+
+
+def scaled_backward(lora_too: bool) -> object:
+    """The gradient of DoRA's output."""
+    from lorasurgery.kernels import _dora_launch
+
+    g, x = empty(SIZE, SIZE, dtype=torch.bfloat16), empty(SIZE, SIZE, dtype=torch.bfloat16)
+    lora = empty(SIZE, SIZE, dtype=torch.bfloat16) if lora_too else None
+    return _dora_launch.scaled_backward(g, x, lora, empty(SIZE))
+
+
+@cache
+def others() -> tuple[tuple[str, Launch], ...]:
+    """Other dtypes and flags, in the first configuration."""
+    found: list[tuple[str, Launch]] = []
+    half = torch.bfloat16
+    for m in (1, 16, 64, SIZE):
+        found += [
+            (f"nf4_linear m={m}", partial(linear, m, half)),
+            (f"nf4_linear m={m} nested", partial(linear, m, half, double=True)),
+            (f"nf4_linear m={m} float16", partial(linear, m, torch.float16)),
+        ]
+    for m in (64, SIZE):
+        found += [
+            (f"nf4_linear gradient m={m} float32", partial(backward, m, torch.float32, 0)),
+            (f"grouped_lora m={m} float32", partial(grouped, m, torch.float32)),
+            (f"grouped_lora m={m} page=10", partial(grouped, m, half, page=10)),
+        ]
+    found.append(("dora_output gradient alone", partial(scaled_backward, False)))
+    for name in simple():
         kernel = plugins.load("kernels", name)
-        if hasattr(kernel, "launch") and not hasattr(kernel, "tolerance"):
-            for label, args in kernel.cases(torch.Generator().manual_seed(0)):
-                yield f"{name} {label}", partial(kernel.launch, *args)
+        for label, args in kernel.cases(torch.Generator().manual_seed(0)):
+            found.append((f"{name} {label}", partial(kernel.launch, *args)))
+    return tuple(found)
 
 
-def calls(chip: Chip, quick: bool) -> Iterator[tuple[str, Call]]:
-    """Launches with what sets their code apart; quick: of the other kernels one for each function."""
-    seen = set()
-    for label, launch in [*launches(quick), *others()]:
-        known = label.split()[0] not in plugins.names("kernels") or " m=" in label
-        for call in recorded(launch, chip):
-            kinds = tuple(str(a.dtype) for a in call.args if isinstance(a, Tensor))
-            key = (call.name,) if quick and not known else (call.name, call.constants, kinds)
-            if key not in seen:
-                seen.add(key)
-                yield label, call
+def calls(chip: Chip) -> Iterator[tuple[str, Call]]:
+    """Launches whose flags, dtypes or block sizes were not among those before."""
+    seen = set[Any]()
+    for all_configs, group in ((True, launches()), (False, others())):
+        for label, launch in group:
+            for call in recorded(launch, chip, all_configs=all_configs):
+                facts = _facts(call, all_configs or " m=" in label)
+                if not facts <= seen:
+                    seen |= facts
+                    yield label, call
 
 
-def row(label: str, call: Call, chip: Chip) -> Row:
-    """Compile, and compute what memory and arithmetic allow."""
-    code = compiled(call, chip)
+def _facts(call: Call, whole: bool) -> set[Any]:
+    """What sets its code apart; of cases of tests, flags with dtypes, and block sizes for themselves."""
+    kinds = tuple(str(a.dtype) for a in call.args if isinstance(a, Tensor))
+    sizes = {"BLOCK", "ROWS", "SIZE", "num_warps"}
+    flags = " ".join(f"{k}={v}" for k, v in call.options.items() if k not in sizes)
+    some = {(call.name, flags, kinds), (call.name, call.options.get("BLOCK"))}
+    return {(call.name, call.constants, kinds), *some} if whole else some
+
+
+def row(label: str, call: Call, chip: Chip, code: Code) -> Row:
+    """What memory and arithmetic allow."""
     names = call.kernel.arg_names
     given = dict(zip(names, call.args, strict=False))
     function, grid = call.kernel.fn.__name__, (*call.grid, 1, 1)
@@ -195,23 +251,40 @@ def line(r: Row) -> str:
 
 
 def main() -> None:
-    """Print rows as they are compiled."""
+    """Print rows as they are compiled, and keep what was; what is known already is not compiled again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chip", choices=[c.name for c in CHIPS], help="only this one")
-    parser.add_argument(
-        "--quick", action="store_true", help="the configurations that are most used"
-    )
-    parser.add_argument("--json", action="store_true", help="rows as JSON, one a line")
+    parser.add_argument("--fresh", action="store_true", help="compile what is known too")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the codes are kept")
     options = parser.parse_args()
-    if not options.json:
-        print("| case | kernel | chip | constants | registers | spills | shared bytes | occupancy "
-              "| matrix unit | bits a load of codes | bytes asked / least | computed µs, not measured |")  # fmt: skip
-        print("|" + "---|" * 12)
+    known = {} if options.fresh else read(options.output)
+    print("| case | kernel | chip | constants | registers | spills | shared bytes | occupancy "
+          "| matrix unit | bits a load of codes | bytes asked / least | computed µs, not measured |")  # fmt: skip
+    print("|" + "---|" * 12)
+    needed = set()
     for chip in CHIPS:
         if options.chip in (None, chip.name):
-            for label, call in calls(chip, options.quick):
-                found = row(label, call, chip)
-                print(json.dumps(asdict(found)) if options.json else line(found), flush=True)
+            for label, call in calls(chip):
+                at = key(call, chip)
+                needed.add(at)
+                if at not in known:
+                    known[at] = compiled(call, chip)
+                    write(options.output, known)
+                print(line(row(label, call, chip, known[at])), flush=True)
+    if options.chip is None:
+        write(options.output, {at: code for at, code in known.items() if at in needed})
+
+
+def read(file: Path) -> dict[str, Code]:
+    """What compilers made of calls, by their keys."""
+    if not file.exists():
+        return {}
+    return {at: Code(**code) for at, code in json.loads(file.read_text()).items()}
+
+
+def write(file: Path, known: dict[str, Code]) -> None:
+    lines = [f"{json.dumps(at)}: {json.dumps(asdict(known[at]))}" for at in sorted(known)]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

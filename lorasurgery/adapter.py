@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -77,6 +77,15 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What a base tells an adapter that is incomplete without it, by module and parameter as it is live."""
+
+    config: Mapping[str, Any]  # its config.json
+    shapes: Callable[[Sequence[str]], Mapping[str, tuple[int, ...]]]  # of those that it has
+    read: Callable[[str], Array]
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """All that an adapter directory or file says, whatever its dialect."""
 
@@ -92,9 +101,9 @@ class Adapter:
     load_added: Callable[[str], Array]  # one of `added`: float32, scaled
     settings: Mapping[str, Any] = field(default_factory=dict)  # the config file, as it stands
     problems: tuple[Problem, ...] = ()  # parts that are not understood, and may be left out
-    # where factors depend on the base (VeRA's projections): the adapter with all of them, from the
-    # shapes of what it adapts by module and parameter; None where nothing is missing
-    complete: Callable[[Mapping[str, tuple[int, ...]]], Adapter] | None = None
+    # where factors depend on the base (VeRA's projections): the adapter with all of them; None where
+    # nothing is missing
+    complete: Callable[[BaseFacts], Adapter] | None = None
     # the base's config.json, where a layout needs its sizes (GGUF's row order) and it was given
     base_config: Mapping[str, Any] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, Site
+from lorasurgery.adapter import Adapter, BaseFacts, Site
 from lorasurgery.naming import Names
 from lorasurgery.orientation import misfit, orientation
 from lorasurgery.problems import Problem
@@ -72,9 +72,9 @@ def resolve(
 
     `routed`: what depends on the token has a place too, where it is not to be merged.
     """
+    adapter = completed(model, adapter)
     live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
     names = Names(model.weights, [*live, *adapter.replaced, *adapter.added])
-    adapter = _completed(model, adapter, names)
     problems = list(adapter.problems)
     shares: dict[str, list[Share]] = defaultdict(list)
     missing = {}
@@ -117,17 +117,21 @@ def _routed(site: Site) -> Problem | None:
 
 
 def completed(model: Model, adapter: Adapter) -> Adapter:
-    """The adapter with the factors that only the base's shapes tell."""
-    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
-    return _completed(model, adapter, Names(model.weights, live))
-
-
-def _completed(model: Model, adapter: Adapter, names: Names) -> Adapter:
+    """The adapter with the factors that only the base tells."""
     if adapter.complete is None:
         return adapter
-    live = [f"{site.module}.{site.parameter}" for site in adapter.sites]
-    found = {name: stored for name in live if (stored := names.find(name))}
-    return adapter.complete({n: model.weights.info(stored).shape for n, stored in found.items()})
+
+    def stored(names: Sequence[str]) -> dict[str, str]:
+        find = Names(model.weights, names).find
+        return {name: tensor for name in names if (tensor := find(name))}
+
+    def shapes(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return {name: model.weights.info(tensor).shape for name, tensor in stored(names).items()}
+
+    def read(name: str) -> Array:
+        return model.weights.read(stored([name])[name])
+
+    return adapter.complete(BaseFacts(model.config, shapes, read))
 
 
 def unmatched(model: Model, resolved: Resolved) -> list[Problem]:

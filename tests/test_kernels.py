@@ -39,7 +39,7 @@ EVERY = plugins.names("kernels")
 KERNELS = [n for n in EVERY if not hasattr(plugins.load("kernels", n), "tolerance")]
 LAUNCHED = [
     "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
-    "nf4_dequantize", "nf4_merge", "nf4_quantize",
+    "lora_merge", "nf4_dequantize", "nf4_merge", "nf4_quantize",
 ]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6
@@ -187,6 +187,10 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
         (
             lambda: dora_norm.run(torch.zeros(4, 6).int(), torch.zeros(2, 6), torch.zeros(4, 2)),
             "dora_norm: int32 is not one of bfloat16, float16, float32. Convert the weight first.",
+        ),
+        (
+            lambda: dora_norm.run(np.zeros((4, 6), F4), np.zeros((2, 6), F4), np.zeros((4, 2), F4), 2),
+            "dora_norm: axis 2 is neither 0 nor 1. Norms of rows are along 1.",
         ),
         (
             lambda: dora_output.run(np.zeros((2, 3), F4), np.zeros((2, 3), BF), np.ones(3, F4), np.ones(3, F4)),

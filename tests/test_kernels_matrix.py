@@ -16,10 +16,13 @@ from lorasurgery.errors import ShapeError, UsageError
 from lorasurgery.kernels import (
     _grouped_launch,
     _nf4_linear_launch,
+    double_dequantize,
     double_quantize,
     grouped_lora,
     lora_linear,
+    nf4_dequantize,
     nf4_linear,
+    nf4_matvec,
     nf4_quantize,
 )
 from lorasurgery.kernels._packed import Packed
@@ -88,6 +91,24 @@ def test_tolerance_would_not_hide_a_part_that_is_missing(name):
     seen = (missing.abs() > kernel.tolerance(*args))[missing != 0]
     assert len(seen) > 100, label
     assert float(seen.float().mean()) > 0.9, label
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("m", "unpacked"), [(1, 0), (8, 0), (9, 1)])
+def test_on_a_cpu_few_rows_never_unpack_the_weight(m, unpacked, double, monkeypatch):
+    w, x = packed(40, 128, double=double), np.ones((m, 128), np.float32)
+    args = [as_array(t) for t in (w.codes, w.absmax, w.block, w.rows, w.table)]
+    nested = as_array(w.nested), as_array(w.offset)
+    calls, plain = [], nf4_dequantize.cpu
+    monkeypatch.setattr(nf4_dequantize, "cpu", lambda *a: calls.append(a) or plain(*a))
+    y = nf4_linear.run(x, *args, None, *nested)
+    assert len(calls) == unpacked
+    a, b = np.zeros((2, 128), np.float32), np.zeros((40, 2), np.float32)
+    np.testing.assert_array_equal(lora_linear.run(x, *args, a, b, 1.0, None, *nested), y)
+    # the bits of the kernel for few rows
+    if not unpacked:
+        scales = double_dequantize.run(args[1], *nested) if double else args[1]
+        np.testing.assert_array_equal(y, nf4_matvec.run(x, args[0], scales, 64, 40, NF4))
 
 
 # --- gradients

@@ -163,6 +163,8 @@ def test_every_claim_is_of_a_feature_and_names_its_source():
         lora("d", 4, 6, AdapterConfig("dora", 3, 6.0)), replace(lora("e", 4, 6), kernel=(1,)),
         lora("f", 4, 6, layout="embedding"), lora("g", 4, 6, layout="parameter"),
         lora("h", 4, 6, AdapterConfig("vera", 3, 6.0)),
+        replace(lora("i.experts", 4, 6, layout="parameter"), parameter="down_proj"),
+        lora("i.experts.1.down_proj", 4, 6),
     ]  # fmt: skip
     made = adapter(sites, replaced={"x.weight": None, "x.bias": None}, added={"y.bias": None})
     named = {feature.name for feature in features(made)}

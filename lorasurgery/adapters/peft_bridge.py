@@ -1,22 +1,26 @@
 """W' = what PEFT's own layer merges: for its types that have no formula here.
 
 extra['settings'] is the adapter_config.json, extra['module'] the path; factors have PEFT's names below the
-module, or with a slash in front from the top, for what modules share. Needs the extra `peft`.
+module, or with a slash in front from the top, for what modules share. extra['widest'] is the size of the
+largest module where what they share is as large, extra['biased'] says that the layer has a bias, and
+extra['weight'] gives the weight where W is that bias. Needs the extra `peft`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.adapters import _peft_drawn as drawn  # noqa: F401 - dialects reach it from here
 from lorasurgery.errors import MatchError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Generator, Tensor
 
     from lorasurgery.adapter import A
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 LINEAR_IN_W = False  # of some types it is free of W; of HiRA, HRA or BOFT it is not
 
 _PREFIX = "base_model.model."
+_WIDEST = "widest"  # a module whose weight has a size and no memory
 # what chooses modules, of which there is one, and what is done to others
 _CHOICES = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
@@ -102,23 +107,57 @@ def _module(config: AdapterConfig) -> str:
 
 
 def _adapted(w: Tensor, config: AdapterConfig) -> Any:
-    """A model of one Linear with this weight, at the module's path, and PEFT's adapter on it."""
+    """A model of one layer with this weight or bias, at the module's path, and PEFT's adapter on it."""
     import torch
 
+    if config.extra.get("incomplete"):
+        raise MatchError(str(config.extra["incomplete"]))
     settings = config.extra.get("settings") or {"peft_type": "HIRA", "r": config.rank}
     assert isinstance(settings, Mapping)
     kind = config_class(str(settings["peft_type"]))
     known = {f.name for f in fields(kind)} - {*_CHOICES, "peft_type", "inference_mode"}
     said = {name: value for name, value in settings.items() if name in known}
-    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
-    layer.weight.data = w.detach().clone()
-    model = top = torch.nn.Module()
-    *owners, last = _module(config).split(".")
+    targets = [_module(config)]
+    model = torch.nn.Module()
+    _put(model, targets[0], _layer(w, config))
+    if widest := cast("tuple[int, int] | None", config.extra.get("widest")):
+        targets.append(_WIDEST)
+        _put(model, _WIDEST, _linear(torch.zeros(()).expand(widest)))
+    return _peft().get_peft_model(model, kind(target_modules=targets, **said))
+
+
+def _put(model: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
+    import torch
+
+    *owners, last = path.split(".")
     for name in owners:
-        top.add_module(name, torch.nn.Module())
-        top = top.get_submodule(name)
-    top.add_module(last, layer)
-    return _peft().get_peft_model(model, kind(target_modules=[_module(config)], **said))
+        model.add_module(name, torch.nn.Module())
+        model = model.get_submodule(name)
+    model.add_module(last, layer)
+
+
+def _layer(w: Tensor, config: AdapterConfig) -> torch.nn.Module:
+    import torch
+
+    if config.extra.get("embedding"):
+        return torch.nn.Embedding(w.shape[0], w.shape[1], _weight=w.detach().clone())
+    if not config.extra.get("bias"):
+        bias = torch.zeros(len(w)) if config.extra.get("biased") else None
+        return _linear(w.detach().clone(), bias)
+    # of most types a bias is changed whatever the weight is
+    given = cast("Callable[[], Tensor] | None", config.extra.get("weight"))
+    return _linear(given() if given else torch.zeros(len(w), 1), w.detach().clone().reshape(-1))
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> torch.nn.Linear:
+    import torch
+
+    layer = torch.nn.Linear(1, 1, bias=bias is not None)
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def _fresh(w: Tensor, config: AdapterConfig) -> dict[str, Tensor]:
@@ -134,8 +173,12 @@ def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> 
     """Raises MatchError for a factor that PEFT's layer has not, or has and was not given."""
     model = _adapted(w, config)
     own = f"{_PREFIX}{_module(config)}."
-    given = {n[1:] if n[0] == "/" else own + n: f for n, f in factors.items()}
-    wanted = {(key, t.shape) for key, t in _peft().get_peft_model_state_dict(model).items()}
+    state = _peft().get_peft_model_state_dict(model)
+    wanted = {(k, t.shape) for k, t in state.items() if not k.startswith(f"{_PREFIX}{_WIDEST}.")}
+    # of what others share a layer takes its own part
+    given = {
+        n[1:] if n[0] == "/" else own + n: f for n, f in factors.items() if n[0] != "/" or n[1:] in state
+    }  # fmt: skip
     found = {(key, t.shape) for key, t in given.items()}
     if wanted != found:
         odd = sorted({f"{key} {list(shape)}" for key, shape in wanted ^ found})
@@ -144,10 +187,16 @@ def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> 
             f"{', '.join(odd[:3])}. Merge it with the peft that wrote it."
         )
     _peft().set_peft_model_state_dict(model, given)
+    layer = model.base_model.model.get_submodule(_module(config))
+    if hasattr(layer, "frod_U"):  # made of W and of V as it was before it was given
+        v = layer.frod_V["default"]
+        layer.frod_U["default"] = layer._calculate_frod_u_and_lambda(v, w)[0]  # noqa: SLF001
     return model.eval()
 
 
 def _merged(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
-    merged = _filled(w, factors, config).merge_and_unload()
-    weight: Tensor = merged.get_submodule(_module(config)).weight.detach()
-    return weight
+    layer = _filled(w, factors, config).base_model.model.get_submodule(_module(config))
+    layer.merge()
+    base = layer.get_base_layer()
+    found: Tensor = (base.bias if config.extra.get("bias") else base.weight).detach()
+    return found.reshape(w.shape)

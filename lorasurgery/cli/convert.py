@@ -27,7 +27,10 @@ def command(
     adapter: Annotated[
         str | None, typer.Argument(help="An adapter: directory, file or hub id.")
     ] = None,
-    to: Annotated[str, typer.Option("--to", metavar="VARIANT", help="What it becomes.")] = "lora",
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="VARIANT", help="What it becomes. [default: lora]"),
+    ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -55,6 +58,22 @@ def command(
         ),
     ] = False,
     ranks_allowed: RanksAllowed = None,
+    projections: Annotated[
+        str | None,
+        typer.Option(
+            "--projections",
+            metavar="split|fused",
+            help="qkv as q, k, v and gate_up as gate, up, or together; no --to keeps the variant.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            metavar="single|stacked",
+            help="A module for each expert, or transformers 5's parameters with all of them.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what can become what, and how exactly.")
     ] = False,
@@ -75,6 +94,7 @@ def command(
     from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.convert import ConvertOptions, convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
+    from lorasurgery.operations.layouts.layout import Layout
     from lorasurgery.tensors import DTYPE_NAMES
 
     if explain:
@@ -86,7 +106,8 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        if writing.dialect or rank or energy or bake_scale or uniform_rank or ranks_allowed:
+        ranked = rank or energy or bake_scale or uniform_rank or ranks_allowed
+        if writing.dialect or ranked or projections or experts:
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -95,8 +116,10 @@ def command(
             lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
         )
         return
+    layout = Layout(projections, experts)
     options = ConvertOptions(
-        to=to,
+        to=to or ("" if layout.asked else "lora"),
+        layout=layout,
         base=resolve(base) if base else None,
         aim=Aim(rank, energy, exact),
         folded=bake_scale,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, AdapterConfig, Site
+from lorasurgery.adapter import Adapter, AdapterConfig, BaseFacts, Site
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.dialects import _peft_form_read as form
 from lorasurgery.dialects import _peft_vera_write
@@ -119,8 +119,9 @@ def read(path: Path, config: Mapping[str, Any], source: Checkpoint) -> Adapter:
     adapter = form.read(path, config, _Without(source), KIND, sites)
     adapter = replace(adapter, problems=(*adapter.problems, *problems))
 
-    def complete(shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
-        return _complete(adapter, source, shared, shapes)
+    def complete(base: BaseFacts) -> Adapter:
+        names = [f"{site.module}.weight" for site in adapter.sites]
+        return _complete(adapter, source, shared, base.shapes(names))
 
     return replace(adapter, complete=complete)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasurgery.adapter import Adapter, Site
+from lorasurgery.adapter import Adapter, BaseFacts, Site
+from lorasurgery.dialects import _one_file
 from lorasurgery.dialects import _peft_form_read as form
 from lorasurgery.dialects import _peft_form_write as writing
 from lorasurgery.dialects._peft_lora_write import PREFIX, Stored, save, wholes
@@ -31,7 +32,7 @@ SHARED = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 def write(adapter: Adapter, folder: Path) -> None:
     """Projections are stored but where the settings say that they were not."""
     if adapter.complete:  # what is stored of its projections is as much as is written
-        adapter = adapter.complete({})
+        adapter = adapter.complete(BaseFacts({}, lambda _: {}, _one_file.nothing))
     a, b = _projections(adapter)
     tensors: dict[str, Stored] = {}
     for site in adapter.sites:

@@ -16,7 +16,8 @@ from lorasurgery import dialects
 from lorasurgery.adapter import Adapter
 from lorasurgery.checkpoint import Checkpoint, open_file, read_json
 from lorasurgery.dialects import _peft_other_types, _sayable
-from lorasurgery.errors import FormatError, UnknownNameError
+from lorasurgery.dialects._peft_types_refused import REFUSED
+from lorasurgery.errors import FormatError, MatchError, UnknownNameError
 
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -67,6 +68,8 @@ def read(path: Path) -> Adapter:
     config = read_json(path / CONFIG)
     kind = str(config.get("peft_type") or "LORA").upper()
     known = _forms()
+    if kind in REFUSED:
+        raise MatchError(f"{path / CONFIG}: {kind} {REFUSED[kind]}.")
     if kind in _peft_other_types.TYPES:
         return _peft_other_types.read(path, config, _weights(path))
     if kind not in known:
@@ -81,7 +84,9 @@ def write(adapter: Adapter, folder: Path) -> None:
     """The adapter in the form that holds all of its sites. Raises FormatError where there is none."""
     _sayable.joined(adapter, "PEFT")
     wanted = {site.config.variant for site in adapter.sites}
-    if wanted == set(_peft_other_types.VARIANTS):
+    kind = str(adapter.settings.get("peft_type")) if adapter.dialect == "peft" else ""
+    bare = not wanted and kind in _peft_other_types.TYPES
+    if bare or wanted == set(_peft_other_types.VARIANTS):
         _peft_other_types.write(adapter, folder)
         return
     for module in _forms().values():

@@ -50,9 +50,51 @@ def _squares(w: Any, d: Any, lanes: Any) -> Any:
 
 
 @jit
+def column_norms(w: Any, a: Any, b: Any, begin: Any, end: Any, out: Any) -> Any:
+    """out[j] = ‖w[:, j] + d[:, j]‖ for the columns from `begin` to `end`."""
+    rows = len(w)
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    total = np.empty(CHUNK, f8)
+    for start in range(begin, end, CHUNK):
+        n = min(CHUNK, end - start)
+        _take(a, start, chunk)
+        total[:] = 0
+        for i in range(rows):
+            if i % 2 == 0:
+                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
+            source, change = w[i, start : start + n], d[i % 2]
+            for j in range(n):
+                x = f8(f4(load(source[j]) + change[j]))
+                total[j] += x * x
+        for j in range(n):
+            out[start + j] = f4(np.sqrt(total[j]))
+
+
+@jit
 def scaled(base: Any, lora: Any, scale: Any, out: Any) -> Any:
-    """out = round((base + lora) · scale), column by column; all [n, out] but scale."""
+    """out = round((base + lora) · scale), column by column; all [n, out] but scale; lora may be None."""
     for i in range(len(base)):
-        x, y, target = base[i], lora[i], out[i]
+        x, target = base[i], out[i]
+        if lora is None:
+            for j in range(len(x)):
+                target[j] = nearest(target[j], load(x[j]) * scale[j])
+        else:
+            y = lora[i]
+            for j in range(len(x)):
+                target[j] = nearest(target[j], (load(x[j]) + load(y[j])) * scale[j])
+
+
+@jit
+def scaled_backward(g: Any, base: Any, lora: Any, scale: Any, out: Any, sums: Any) -> Any:
+    """out = round(g · scale), and sums[j] += g · (base + lora) down each column, in float64."""
+    for i in range(len(base)):
+        seen, x, target = g[i], base[i], out[i]
         for j in range(len(x)):
-            target[j] = nearest(target[j], (load(x[j]) + load(y[j])) * scale[j])
+            target[j] = nearest(target[j], load(seen[j]) * scale[j])
+        if lora is None:
+            for j in range(len(x)):
+                sums[j] += f8(f4(load(seen[j]) * load(x[j])))
+        else:
+            y = lora[i]
+            for j in range(len(x)):
+                sums[j] += f8(f4(load(seen[j]) * f4(load(x[j]) + load(y[j]))))

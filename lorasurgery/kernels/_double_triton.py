@@ -5,6 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lorasurgery.kernels._tuning import Config
+
+QUANTIZE = (Config(num_warps=4), Config(num_warps=2), Config(num_warps=8))
+DEQUANTIZE = (
+    Config(SIZE=1024, num_warps=4),
+    Config(SIZE=2048, num_warps=4),
+    Config(SIZE=4096, num_warps=8),
+)
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def quantize(  # type: ignore[no-untyped-def]

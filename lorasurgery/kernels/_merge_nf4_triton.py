@@ -6,6 +6,14 @@ import triton
 import triton.language as tl
 
 from lorasurgery.kernels._nf4_triton import bfloat_bits, code_of, largest_of, normalized
+from lorasurgery.kernels._tuning import Config
+
+# WEIGHTS of a program, or a block's if that has more
+MERGE = (
+    Config(WEIGHTS=1024, num_warps=4),
+    Config(WEIGHTS=2048, num_warps=8),
+    Config(WEIGHTS=512, num_warps=4),
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -47,7 +55,8 @@ def merge(  # type: ignore[no-untyped-def]
     even = row[:, None] * BLOCK + 2 * tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
     mask0, mask1, starts = even < n, even + 1 < n, row * BLOCK < n
     whole = row * BLOCK + BLOCK <= n
-    byte = tl.load(codes + even // 2, mask=mask0, other=0).to(tl.int32)
+    place = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte = tl.load(codes + place, mask=mask0, other=0).to(tl.int32)
     scale = tl.load(absmax + row, mask=starts, other=1.0)
     old0 = _rounded(tl.load(table + (byte >> 4)) * scale[:, None], DTYPE)
     old1 = _rounded(tl.load(table + (byte & 15)) * scale[:, None], DTYPE)
@@ -59,7 +68,7 @@ def merge(  # type: ignore[no-untyped-def]
     tl.store(scales + row, scale, mask=starts)
     c0 = code_of(normalized(x0, scale, whole), table, k1, k2, first + even, CHANCE)
     c1 = code_of(normalized(x1, scale, whole), table, k1, k2, first + even + 1, CHANCE)
-    tl.store(packed + even // 2, (c0 * 16 + c1).to(tl.uint8), mask=mask0)
+    tl.store(packed + place, (c0 * 16 + c1).to(tl.uint8), mask=mask0)
     made0 = (tl.load(table + c0) * scale[:, None] - old0).to(tl.float64)
     made1 = (tl.load(table + c1) * scale[:, None] - old1).to(tl.float64)
     d0, d1 = d0.to(tl.float64), d1.to(tl.float64)

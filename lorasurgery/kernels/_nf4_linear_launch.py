@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.kernels import _nf4_linear_configs as configs
 from lorasurgery.kernels import _nf4_linear_triton as kernels
-from lorasurgery.kernels._packed import FEW, Packed, layout, pointers, tiles
+from lorasurgery.kernels._packed import FEW, Packed, layout, pointers
+from lorasurgery.kernels._tuning import Config, tuned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,25 +32,34 @@ def forward(x: Tensor, w: Packed, bias: Tensor | None, low: LowRank | None) -> T
     rank = h.shape[1] if low else 0
     constants = {**layout(w, k), "BIAS": bias is not None, **_low(rank)}
     before = x, *pointers(w), x if bias is None else bias.contiguous(), h, b
+    facts, crossing = (x, n, *constants.values()), k % w.block != 0
+    results = [out]
+
+    def by_rows(config: Config) -> None:
+        kernels.matvec[(m, -(-n // config["BN"]))](
+            *before, out, n, k, k // 2, x.stride(0), rank, **constants, PART=PART, **config
+        )
+
+    def by_tiles(config: Config) -> None:
+        splits, span = _split(m, n, k, config)
+        results[0] = out if splits == 1 else torch.empty(splits, m, n, device=x.device)
+        kernels.forward[(-(-m // config["BM"]), -(-n // config["BN"]), splits)](
+            *before, results[0], m, n, k, k // 2, x.stride(0), rank, span, **constants, **config
+        )
+
     if m <= FEW:
-        kernels.matvec[(m, -(-n // 8))](
-            *before, out, n, k, k // 2, x.stride(0), rank,
-            **constants, BN=8, BK=256 if k % w.block else 1024, PART=PART, num_warps=4,
-        )  # fmt: skip
+        tuned("matvec", configs.matvec(crossing), facts, by_rows)
         return out
-    tile = tiles(m, x.dtype, k % w.block != 0)
-    grid = -(-m // tile.m), -(-n // tile.n)
-    # whole steps of each program, and no more programs than steps
-    splits = max(1, min(PROGRAMS // (grid[0] * grid[1]), k // tile.k, 16))
-    steps = -(-k // tile.k)
+    tuned("forward", configs.tiles(m, x.dtype, crossing), facts, by_tiles)
+    return out if results[0] is out else results[0].sum(0).to(x.dtype)
+
+
+def _split(m: int, n: int, k: int, config: Config) -> tuple[int, int]:
+    """How many programs share a tile's sums, and the steps of each: whole ones, no program without any."""
+    tiles = -(-m // config["BM"]) * -(-n // config["BN"])
+    splits, steps = max(1, min(PROGRAMS // tiles, k // config["BK"], 16)), -(-k // config["BK"])
     span = -(-steps // splits)
-    splits = -(-steps // span)
-    sums = out if splits == 1 else torch.empty(splits, m, n, device=x.device)
-    kernels.forward[(*grid, splits)](
-        *before, sums, m, n, k, k // 2, x.stride(0), rank, span,
-        **constants, **tile.blocks(),
-    )  # fmt: skip
-    return out if splits == 1 else sums.sum(0).to(x.dtype)
+    return -(-steps // span), span
 
 
 def backward(g: Tensor, k: int, w: Packed, low: LowRank | None) -> Tensor:
@@ -62,13 +73,17 @@ def backward(g: Tensor, k: int, w: Packed, low: LowRank | None) -> Tensor:
         return out
     h, a = low or (g, g)
     rank = h.shape[1] if low else 0
-    tile = tiles(m, g.dtype, k % w.block != 0)
-    # a tile of the result is tile.m wide, and its sums go tile.k rows of W at a time
-    blocks = {**tile.blocks(), "BN": tile.k, "BK": tile.n}
-    kernels.backward[(-(-m // tile.m), -(-k // tile.n))](
-        g, *pointers(w), h, a, out, m, n, k, k // 2, rank,
-        **layout(w, k), **_low(rank), **blocks,
-    )  # fmt: skip
+    constants = {**layout(w, k), **_low(rank)}
+
+    def launch(config: Config) -> None:
+        # a tile of the result is BN of `forward` wide, and its sums go BK rows of W at a time
+        turned = {**config, "BN": config["BK"], "BK": config["BN"]}
+        kernels.backward[(-(-m // config["BM"]), -(-k // config["BN"]))](
+            g, *pointers(w), h, a, out, m, n, k, k // 2, rank, **constants, **turned
+        )
+
+    candidates = configs.tiles(m, g.dtype, k % w.block != 0)
+    tuned("backward", candidates, (g, k, *constants.values()), launch)
     return out
 
 

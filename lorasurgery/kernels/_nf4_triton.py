@@ -9,6 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lorasurgery.kernels._tuning import Config
+
+# WEIGHTS of a program, or a block's if that has more
+QUANTIZE = (
+    Config(WEIGHTS=2048, num_warps=4),
+    Config(WEIGHTS=1024, num_warps=4),
+    Config(WEIGHTS=4096, num_warps=8),
+)
+# 32 weights a thread are the 128 bits that a load of codes may have
+DEQUANTIZE = (
+    Config(SIZE=4096, num_warps=4),
+    Config(SIZE=8192, num_warps=8),
+    Config(SIZE=2048, num_warps=2),
+)
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def mix(x):  # type: ignore[no-untyped-def]
@@ -82,7 +97,8 @@ def quantize(  # type: ignore[no-untyped-def]
     x0, x1 = normalized(x0, scale, whole), normalized(x1, scale, whole)
     c0 = code_of(x0, table, k1, k2, first + even, CHANCE)
     c1 = code_of(x1, table, k1, k2, first + even + 1, CHANCE)
-    tl.store(codes + even // 2, (c0 * 16 + c1).to(tl.uint8), mask=even < n)
+    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(codes + byte, (c0 * 16 + c1).to(tl.uint8), mask=even < n)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -90,12 +106,18 @@ def dequantize(  # type: ignore[no-untyped-def]
     codes, absmax, table, out, n, BLOCK: tl.constexpr, BFLOAT: tl.constexpr, SIZE: tl.constexpr
 ):
     """SIZE weights a program; a bfloat16 output comes as int16."""
-    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)  # [SIZE]
-    mask = index < n
-    byte = tl.load(codes + index // 2, mask=mask, other=0).to(tl.int32)
-    code = tl.where(index % 2 == 0, byte >> 4, byte & 15)
-    x = tl.load(table + code) * tl.load(absmax + index // BLOCK, mask=mask, other=0.0)
-    if BFLOAT:
-        tl.store(out + index, bfloat_bits(x).to(tl.int16), mask=mask)
+    first = tl.program_id(0).to(tl.int64) * SIZE
+    byte = first // 2 + tl.arange(0, SIZE // 2)  # [SIZE / 2]
+    packed = tl.load(codes + byte, mask=2 * byte < n, other=0).to(tl.int32)
+    w = tl.interleave(tl.load(table + (packed >> 4)), tl.load(table + (packed & 15)))
+    if BLOCK >= SIZE:
+        x = w * tl.load(absmax + first // BLOCK)
     else:
-        tl.store(out + index, x.to(out.dtype.element_ty), mask=mask)
+        block = first // BLOCK + tl.arange(0, SIZE // BLOCK)
+        scale = tl.load(absmax + block, mask=block * BLOCK < n, other=0.0)
+        x = tl.reshape(tl.reshape(w, (SIZE // BLOCK, BLOCK)) * scale[:, None], (SIZE,))
+    index = first + tl.arange(0, SIZE)  # [SIZE]
+    if BFLOAT:
+        tl.store(out + index, bfloat_bits(x).to(tl.int16), mask=index < n)
+    else:
+        tl.store(out + index, x.to(out.dtype.element_ty), mask=index < n)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels import double_dequantize, nf4_dequantize
+from lorasurgery.kernels import double_dequantize, nf4_dequantize, nf4_matvec
 from lorasurgery.kernels._tensors import FLOATS, dtype_name
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SECOND = 256  # block scales that share a scale of the second level
-FEW = 4  # rows of x that are taken one by one
+FEW = 4  # rows of x that are taken one by one on a GPU
+FEW_CPU = 8  # and on a CPU, where unpacking the weight costs as much as this many passes over it
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,22 @@ def dense(w: Packed, k: int, dtype: Any) -> Tensor:
 
 def dense_array(w: Packed, k: int, dtype: Any) -> Array:
     """The weight rounded to `dtype`, as float32 [rows, k], by numba."""
-    scales = w.absmax
-    if w.double:
-        scales = double_dequantize.cpu(w.absmax, w.nested, w.offset)
-    flat = nf4_dequantize.cpu(w.codes, scales, w.block, w.rows * k, dtype, w.table)
+    flat = nf4_dequantize.cpu(w.codes, _scales(w), w.block, w.rows * k, dtype, w.table)
     return flat.reshape(w.rows, k).astype(np.float32, copy=False)
+
+
+def product(x: Array, w: Packed) -> Array:
+    """x Wᵀ as float32 [m, rows]: few rows against the codes, many against weights that are unpacked."""
+    if len(x) <= FEW_CPU:
+        return nf4_matvec.sums(x, w.codes, _scales(w), w.block, w.rows, w.table)
+    y: Array = x.astype(np.float32) @ dense_array(w, x.shape[1], x.dtype).T
+    return y
+
+
+def _scales(w: Packed) -> Array:
+    """float32, those of the first level."""
+    scales: Array = w.absmax
+    return double_dequantize.cpu(scales, w.nested, w.offset) if w.double else scales
 
 
 def pointers(w: Packed) -> tuple[Tensor, ...]:
@@ -112,45 +124,6 @@ def pointers(w: Packed) -> tuple[Tensor, ...]:
 def layout(w: Packed, k: int) -> dict[str, Any]:
     """The constants that say how the weights lie."""
     return {"BLOCK": w.block, "NESTED": SECOND if w.double else 0, "ODD": k % w.block != 0}
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """One configuration: a tile BM x BN of the result, BK at a time."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def blocks(self) -> dict[str, int]:
-        """The constants and options of a launch."""
-        names = "BM", "BN", "BK", "num_warps", "num_stages"
-        return dict(zip(names, (self.m, self.n, self.k, self.warps, self.stages), strict=True))
-
-
-def tiles(m: int, dtype: torch.dtype, crossing: bool) -> Tiles:
-    """The configuration for so many rows of x; few rows are bound by memory, many by arithmetic."""
-    # weights that are found one by one need registers for their places
-    if crossing or dtype_name(dtype) == "float32":
-        return Tiles(16 if m <= 16 else 32, 64, 32, 4, 2)
-    if m <= 16:
-        return Tiles(16, 64, 128, 4, 3)
-    if m <= 64:
-        return Tiles(64, 64, 64, 4, 3)
-    return Tiles(128, 128, 64, 8, 3) if _roomy() else Tiles(64, 128, 64, 8, 3)
-
-
-def _roomy() -> bool:
-    """Whether a tile of 128 x 128 leaves registers for unpacking: not where one warp multiplies (Ampere)."""
-    from triton import knobs
-    from triton.runtime.driver import driver
-
-    if knobs.runtime.interpret:
-        return True
-    target = driver.active.get_current_target()
-    return bool(target.backend != "cuda" or target.arch >= 90)
 
 
 @cache

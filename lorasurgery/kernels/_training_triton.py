@@ -5,6 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lorasurgery.kernels._tuning import Config
+
+ADAMW = (
+    Config(SIZE=1024, num_warps=4),
+    Config(SIZE=512, num_warps=4),
+    Config(SIZE=2048, num_warps=8),
+)
+# for triplets along the first axis, whose items lie side by side, and along the second
+IMPORTANCE = (
+    Config(TRIPLETS=1, ITEMS=1024, num_warps=4),
+    Config(TRIPLETS=1, ITEMS=2048, num_warps=8),
+    Config(TRIPLETS=2, ITEMS=512, num_warps=4),
+)
+IMPORTANCE_ACROSS = (
+    Config(TRIPLETS=16, ITEMS=64, num_warps=4),
+    Config(TRIPLETS=32, ITEMS=32, num_warps=4),
+    Config(TRIPLETS=16, ITEMS=128, num_warps=8),
+)
+
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def adamw(  # type: ignore[no-untyped-def]

@@ -102,20 +102,27 @@ def launch(
     """The same in Triton: one pass, and the sum of its few partial sums."""
     import torch
 
-    from lorasurgery.kernels._training_triton import importance
+    from lorasurgery.kernels import _training_triton as kernels
+    from lorasurgery.kernels._tuning import Config, tuned
 
     triplets, items = w.shape[1 - axis], w.shape[axis]
-    tile = (1, 1024) if axis == 1 else (16, 64)
-    grid = -(-triplets // tile[0]), -(-items // tile[1])
     out = w.new_empty(w.shape), w.new_empty(w.shape)
-    partial = torch.empty(grid[1], triplets, dtype=torch.float64, device=w.device)
-    if w.numel():
-        importance[grid](
-            *(x.contiguous() for x in (w, grad, sensitivity, uncertainty)),
-            torch.from_numpy(_betas(beta1, beta2)).to(w.device), *out, partial, triplets, items,
-            TRIPLETS_FIRST=axis == 1, TRIPLETS=tile[0], ITEMS=tile[1], enable_fp_fusion=False,
+    inputs = [x.contiguous() for x in (w, grad, sensitivity, uncertainty)]
+    betas = torch.from_numpy(_betas(beta1, beta2)).to(w.device)
+    sums = [torch.zeros(0, triplets, dtype=torch.float64, device=w.device)]
+
+    def start(config: Config) -> None:
+        grid = -(-triplets // config["TRIPLETS"]), -(-items // config["ITEMS"])
+        sums[0] = torch.empty(grid[1], triplets, dtype=torch.float64, device=w.device)
+        kernels.importance[grid](
+            *inputs, betas, *out, sums[0], triplets, items, TRIPLETS_FIRST=axis == 1, **config,
+            enable_fp_fusion=False,
         )  # fmt: skip
-    return *out, (partial.sum(dim=0) / items).float()
+
+    if w.numel():
+        configs = kernels.IMPORTANCE if axis == 1 else kernels.IMPORTANCE_ACROSS
+        tuned("importance", configs, (w, axis), start)
+    return *out, (sums[0].sum(dim=0) / items).float()
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:

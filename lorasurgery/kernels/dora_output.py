@@ -1,40 +1,49 @@
 """DoRA's output: y = (m / norm) ∘ (x Wᵀ + x (B A)ᵀ), the bias not among them.
 
-Liu et al. 2024 (DoRA), arXiv 2402.09353, §4.3, eq. 11: the norm counts as a constant, so that
-∂y/∂(x Wᵀ) = m / norm and ∂L/∂m = Σ ∂L/∂y ∘ (x Wᵀ + x (B A)ᵀ) / norm over the rows.
+Liu et al. 2024 (DoRA), arXiv 2402.09353, §4.3, eq. 11. Where the norms are those of columns, the inputs are
+scaled instead: x ∘ (m / norm), which is this without an adapter's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 
-def run(base: Data, lora: Data, magnitude: Data, norm: Data) -> Data:
-    """y [n, out] in the dtype of `base`, rounded once; raises ShapeError. `train` is differentiable.
+def run(base: Data, lora: Data | None, magnitude: Data, norm: Data) -> Data:
+    """y [n, out] in the dtype of `base`, rounded once; differentiable for all four; raises ShapeError.
 
     Args:
         base: bfloat16, float16 or float32 [n, out], x Wᵀ.
-        lora: the same of x (B A)ᵀ.
+        lora: the same of x (B A)ᵀ; None stands for zeros.
         magnitude: float32 [out].
         norm: float32 [out], what `dora_norm` gives.
 
     """
-    kinds = [dtype_name(data.dtype) for data in (base, lora, magnitude, norm)]
-    if base.ndim != 2 or tuple(lora.shape) != tuple(base.shape) or kinds[0] != kinds[1]:
+    _check(base, lora, magnitude, norm)
+    form: Any = cpu
+    if is_tensor(base):
+        from lorasurgery.kernels._dora_ops import dora_output as form
+    y: Data = form(base, lora, magnitude, norm)
+    return y
+
+
+def _check(base: Any, lora: Any, magnitude: Any, norm: Any) -> None:
+    other = base if lora is None else lora
+    kinds = [dtype_name(data.dtype) for data in (base, other, magnitude, norm)]
+    if base.ndim != 2 or tuple(other.shape) != tuple(base.shape) or kinds[0] != kinds[1]:
         raise ShapeError(
             f"dora_output: the base's output is {kinds[0]} {list(base.shape)} and the adapter's "
-            f"{kinds[1]} {list(lora.shape)}, but both must be one [n, out]. Reshape or convert them."
+            f"{kinds[1]} {list(other.shape)}, but both must be one [n, out]. Reshape or convert them."
         )
     out = (base.shape[1],)
     if (tuple(magnitude.shape), tuple(norm.shape)) != (out, out) or kinds[2:] != ["float32"] * 2:
@@ -46,22 +55,22 @@ def run(base: Data, lora: Data, magnitude: Data, norm: Data) -> Data:
         raise ShapeError(
             f"dora_output: {kinds[0]} is not one of {', '.join(FLOATS)}. Convert the outputs first."
         )
-    result: Data = dispatch(cpu, launch, base, lora, magnitude, norm)
-    return result
 
 
-def reference(base: Tensor, lora: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+def reference(base: Tensor, lora: Tensor | None, magnitude: Tensor, norm: Tensor) -> Tensor:
     """The formula above in plain torch, which also differentiates it."""
-    return ((base.float() + lora.float()) * (magnitude / norm.detach())).to(base.dtype)
+    from lorasurgery.kernels.nf4_linear import wide
+
+    total = wide(base) if lora is None else wide(base) + wide(lora)
+    return (total * (magnitude / norm)).to(base.dtype)
 
 
-def train(base: Tensor, lora: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
-    """`run` with gradients for the first three."""
-    y: Tensor = _function().apply(base, lora, magnitude, norm)
-    return y
+def train(base: Tensor, lora: Tensor | None, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """`run` with the norm as a constant, as §4.3 of the paper has it."""
+    return run(base, lora, magnitude, norm.detach())
 
 
-def cpu(base: Array, lora: Array, magnitude: Array, norm: Array) -> Array:
+def cpu(base: Array, lora: Array | None, magnitude: Array, norm: Array) -> Array:
     """The same in numba."""
     from lorasurgery.kernels._dora_cpu import scaled
     from lorasurgery.kernels._floats import source, target
@@ -69,51 +78,45 @@ def cpu(base: Array, lora: Array, magnitude: Array, norm: Array) -> Array:
     out = np.empty(base.shape, base.dtype)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = magnitude / norm
-    scaled(source(base), source(lora), source(scale), target(out))
+    scaled(source(base), None if lora is None else source(lora), source(scale), target(out))
     return out
 
 
-def launch(base: Tensor, lora: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+def launch(base: Tensor, lora: Tensor | None, magnitude: Tensor, norm: Tensor) -> Tensor:
     """The same in Triton."""
-    import torch
+    from lorasurgery.kernels._dora_launch import scaled
 
-    from lorasurgery.kernels._dora_triton import scaled
-
-    # it is written flat, and may not inherit the strides of a transposed base
-    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    bfloat = base.dtype == torch.bfloat16
-    if n := base.numel():
-        scaled[(-(-n // 1024),)](
-            base.contiguous(), lora.contiguous(), magnitude / norm,
-            out.view(torch.int16) if bfloat else out, n, base.shape[1], BFLOAT=bfloat, SIZE=1024,
-        )  # fmt: skip
-    return out
+    lora = None if lora is None else lora.contiguous()
+    return scaled(base.contiguous(), lora, magnitude / norm)
 
 
-@cache
-def _function() -> Any:
-    """The autograd function; made when asked for, since torch must not be imported before."""
-    import torch
+def gradients(
+    g: Tensor, base: Tensor, lora: Tensor | None, magnitude: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those for base and lora alike, for m and for the norm: one pass over g and the outputs."""
+    scale = magnitude / norm
+    gy, sums = dispatch(_backward_cpu, _backward_launch, g, base, lora, scale)
+    gm = sums / norm
+    return gy, gm, -gm * scale
 
-    class Scaled(torch.autograd.Function):
-        """The gradient is scaled by the same kernel, with nothing added."""
 
-        @staticmethod
-        def forward(ctx: Any, *args: Tensor) -> Tensor:
-            ctx.save_for_backward(*args)
-            return run(*args)
+def _backward_cpu(g: Array, base: Array, lora: Array | None, scale: Array) -> tuple[Array, Array]:
+    from lorasurgery.kernels._dora_cpu import scaled_backward
+    from lorasurgery.kernels._floats import source, target
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            base, lora, magnitude, norm = ctx.saved_tensors
-            grad_y = grad_m = None
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_y = run(grad, torch.zeros_like(grad), magnitude, norm)
-            if ctx.needs_input_grad[2]:
-                grad_m = (grad.float() * (base.float() + lora.float())).sum(dim=0) / norm
-            return grad_y, grad_y, grad_m, None
+    out, sums = np.empty(base.shape, base.dtype), np.zeros(len(scale))
+    other = None if lora is None else source(lora)
+    scaled_backward(source(g), source(base), other, source(scale), target(out), sums)
+    return out, sums.astype(np.float32)
 
-    return Scaled
+
+def _backward_launch(
+    g: Tensor, base: Tensor, lora: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    from lorasurgery.kernels._dora_launch import scaled_backward
+
+    lora = None if lora is None else lora.contiguous()
+    return scaled_backward(g.contiguous(), base.contiguous(), lora, scale)
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -125,6 +128,7 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
         magnitude, norm = torch.rand(2, out, generator=rng) + 0.1
         for kind in (torch.bfloat16, torch.float16, torch.float32):
             yield f"{n}x{out}-{kind}", (base.to(kind), lora.to(kind), magnitude, norm)
+            yield f"{n}x{out}-{kind}-alone", (base.to(kind), None, magnitude, norm)
     base = torch.randn(9, 4, generator=rng).T
     yield "transposed", (base, torch.ones(4, 9), torch.ones(9), torch.zeros(9))
 

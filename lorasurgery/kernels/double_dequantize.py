@@ -87,14 +87,19 @@ def cpu(q: Array, nested: Array, offset: Any, block: int = 256, table: Array = T
 
 def launch(q: Tensor, nested: Tensor, offset: Any, block: int = 256, table: Any = TABLE) -> Tensor:
     """The same in Triton."""
-    from lorasurgery.kernels._double_triton import dequantize
+    from lorasurgery.kernels._double_triton import DEQUANTIZE, dequantize
+    from lorasurgery.kernels._tuning import Config, tuned
 
-    out = nested.new_empty(len(q))
+    out, q, nested = nested.new_empty(len(q)), q.contiguous(), nested.contiguous()
+    levels, shift = _on(q, table), _on(q, offset)
+
+    def start(config: Config) -> None:
+        dequantize[(-(-len(q) // config["SIZE"]),)](
+            q, nested, levels, shift, out, len(q), BLOCK=block, **config, enable_fp_fusion=False
+        )
+
     if len(q):
-        dequantize[(-(-len(q) // 1024),)](
-            q.contiguous(), nested.contiguous(), _on(q, table), _on(q, offset), out, len(q),
-            BLOCK=block, SIZE=1024, enable_fp_fusion=False,
-        )  # fmt: skip
+        tuned("double_dequantize", DEQUANTIZE, (q, block), start)
     return out
 
 

@@ -88,13 +88,20 @@ def launch(absmax: Tensor, threads: int = THREADS) -> tuple[Tensor, Tensor, Tens
     """The same in Triton, around torch's own mean."""
     import torch
 
-    from lorasurgery.kernels._double_triton import quantize
+    from lorasurgery.kernels._double_triton import QUANTIZE, quantize
+    from lorasurgery.kernels._tuning import Config, tuned
 
     absmax, offset = absmax.contiguous(), absmax.mean()
     q = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
     nested = absmax.new_empty(-(-len(absmax) // BLOCK))
     found = torch.from_numpy(positions().copy()).to(absmax.device)
-    quantize[(len(nested),)](absmax, offset, found, q, nested, len(absmax), BLOCK=BLOCK)
+
+    def start(config: Config) -> None:
+        quantize[(len(nested),)](
+            absmax, offset, found, q, nested, len(absmax), BLOCK=BLOCK, **config
+        )
+
+    tuned("double_quantize", QUANTIZE, (absmax,), start)
     return q, nested, offset
 
 

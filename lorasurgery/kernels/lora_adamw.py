@@ -7,8 +7,9 @@ Loshchilov & Hutter 2019, arXiv 1711.05101, alg. 2, as torch.optim.AdamW orders 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,14 +157,21 @@ def _launch(
 ) -> None:  # fmt: skip
     import torch
 
-    from lorasurgery.kernels._training_triton import adamw
+    from lorasurgery.kernels._training_triton import ADAMW, adamw
+    from lorasurgery.kernels._tuning import Config, tuned
 
-    numbers = torch.from_numpy(rates.numbers(step)).to(w.device)
-    if n := len(w):
-        adamw[(-(-n // 1024),)](
-            *(x.contiguous() for x in (w, grad, m, v)), numbers, *out, n, split,
-            SIZE=1024, enable_fp_fusion=False,
-        )  # fmt: skip
+    numbers, n = torch.from_numpy(rates.numbers(step)).to(w.device), len(w)
+    inputs = [x.contiguous() for x in (w, grad, m, v)]
+
+    def start(config: Config, results: Sequence[Tensor] = out) -> None:
+        adamw[(-(-n // config["SIZE"]),)](
+            *inputs, numbers, *results, n, split, **config, enable_fp_fusion=False
+        )
+
+    # a step in place may not be tried twice
+    spare = cache(lambda: [torch.empty_like(x) for x in out])
+    if n:
+        tuned("adamw", ADAMW, (w,), start, lambda config: start(config, spare()))
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:

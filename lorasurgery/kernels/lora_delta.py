@@ -43,7 +43,7 @@ def reference(a: Tensor, b: Tensor) -> Tensor:
     """One rank-one term after another; the sum begins at -0, which changes no term."""
     import torch
 
-    d = torch.full((b.shape[0], a.shape[1]), -0.0, device=a.device)
+    d = torch.full((b.shape[0], a.shape[1]), -0.0, dtype=b.dtype, device=b.device)
     for k in range(a.shape[0]):
         d = d + b[:, k : k + 1] * a[k]
     return d

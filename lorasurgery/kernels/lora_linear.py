@@ -79,11 +79,11 @@ def cpu(
     b: Array, scale: float, bias: Array | None = None, nested: Array | None = None,
     offset: Array | None = None,
 ) -> Array:  # fmt: skip
-    """The weight dequantized by numba, and multiplied by numpy."""
+    """The base as `nf4_linear` has it, thin products by numpy."""
     w = Packed(codes, absmax, block, rows, table, nested, offset)
     x32, a32, b32 = (_rounded(t, x.dtype) for t in (x, a, b))
     h = _rounded(np.float32(scale) * (x32 @ a32.T), x.dtype)
-    y = x32 @ _packed.dense_array(w, x.shape[1], x.dtype).T + h @ b32.T
+    y = _packed.product(x, w) + h @ b32.T
     out: Array = (y if bias is None else y + bias.astype(np.float32)).astype(x.dtype)
     return out
 

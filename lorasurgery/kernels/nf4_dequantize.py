@@ -122,15 +122,21 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
     """The same in Triton: half a byte read a weight, and the result written."""
     import torch
 
-    from lorasurgery.kernels._nf4_triton import dequantize
+    from lorasurgery.kernels._nf4_triton import DEQUANTIZE, dequantize
+    from lorasurgery.kernels._tuning import Config, tuned
 
     out = torch.empty(n, dtype=dtype, device=codes.device)
     bfloat = dtype == torch.bfloat16
-    if n:
-        dequantize[(-(-n // 1024),)](
-            codes.contiguous(), absmax.contiguous(), table.contiguous(),
-            out.view(torch.int16) if bfloat else out, n, BLOCK=block, BFLOAT=bfloat, SIZE=1024,
+    codes, absmax, table = codes.contiguous(), absmax.contiguous(), table.contiguous()
+
+    def start(config: Config) -> None:
+        dequantize[(-(-n // config["SIZE"]),)](
+            codes, absmax, table, out.view(torch.int16) if bfloat else out, n, BLOCK=block,
+            BFLOAT=bfloat, **config,
         )  # fmt: skip
+
+    if n:
+        tuned("dequantize", DEQUANTIZE, (out, block), start)
     return out
 
 

@@ -71,9 +71,8 @@ def cpu(
     x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Array,
     bias: Array | None = None, nested: Array | None = None, offset: Array | None = None,
 ) -> Array:  # fmt: skip
-    """The weight dequantized by numba, and multiplied by numpy."""
-    w = Packed(codes, absmax, block, rows, table, nested, offset)
-    y = x.astype(np.float32) @ _packed.dense_array(w, x.shape[1], x.dtype).T
+    """Few rows by numba's matvec; for many, the weight dequantized by numba and multiplied by numpy."""
+    y = _packed.product(x, Packed(codes, absmax, block, rows, table, nested, offset))
     return (y if bias is None else y + bias.astype(np.float32)).astype(x.dtype)
 
 

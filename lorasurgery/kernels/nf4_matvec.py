@@ -67,7 +67,12 @@ def reference(
 
 
 def cpu(x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Array) -> Array:
-    """The same in numba, rows of W over threads."""
+    """The same in numba."""
+    return sums(x, codes, absmax, block, rows, table).astype(x.dtype, copy=False)
+
+
+def sums(x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Array) -> Array:
+    """What is rounded in the end, float32 [m, rows]; rows of W over threads."""
     from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._matvec_cpu import matvec
     from lorasurgery.kernels._threads import over_rows
@@ -79,9 +84,9 @@ def cpu(x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Arr
         matvec(*packed, start, out[:, start:stop])
 
     if not x.size:
-        return np.zeros((len(x), rows), x.dtype)
+        return np.zeros((len(x), rows), np.float32)
     over_rows(part, rows, -(-_LEAST // max(1, x.size)))
-    return out.astype(x.dtype, copy=False)
+    return out
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -97,23 +97,30 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_nf4_triton import merge
+    from lorasurgery.kernels._merge_nf4_triton import MERGE, merge
+    from lorasurgery.kernels._tuning import Config, tuned
 
     n, device = b.shape[0] * a.shape[1], codes.device
     packed = torch.empty(len(codes), dtype=torch.uint8, device=device)
     scales = torch.empty(len(absmax), device=device)
-    k1, k2 = map(int, keys(seed or 0))
-    rows = max(1, 1024 // block)
-    programs = -(-len(scales) // rows)
-    partial = torch.zeros(3, programs, dtype=torch.float64, device=device)
-    if n:
+    inputs = [x.contiguous() for x in (codes, absmax, a, b)]
+    table, (k1, k2) = torch.from_numpy(NF4.copy()).to(device), map(int, keys(seed or 0))
+    sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]
+
+    def start(config: Config) -> None:
+        rows = max(1, config["WEIGHTS"] // block)
+        programs = -(-len(scales) // rows)
+        sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         merge[(programs,)](
-            codes.contiguous(), absmax.contiguous(), a.contiguous(), b.contiguous(), packed, scales,
-            partial, torch.from_numpy(NF4.copy()).to(device), n, a.shape[1], len(a), offset, k1, k2,
+            *inputs, packed, scales, sums[0], table, n, a.shape[1], len(a), offset, k1, k2,
             KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype), BLOCK=block, ROWS=rows,
-            enable_fp_fusion=False,
+            num_warps=config["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip
-    signal, power, noise2 = partial.sum(dim=1).tolist()
+
+    if n:
+        facts = codes, block, len(a), dtype_name(dtype), keep, seed is not None
+        tuned("nf4_merge", MERGE, facts, start)
+    signal, power, noise2 = sums[0].sum(dim=1).tolist()
     return packed, scales, signal, power, noise2
 
 

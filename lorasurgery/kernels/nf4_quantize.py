@@ -110,20 +110,31 @@ def launch(
     """The same in Triton, some blocks a program."""
     import torch
 
-    from lorasurgery.kernels._nf4_triton import quantize
+    from lorasurgery.kernels._nf4_triton import QUANTIZE, quantize
+    from lorasurgery.kernels._tuning import Config, tuned
 
-    n, device = len(flat), flat.device
-    codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
+    n, device, flat = len(flat), flat.device, flat.contiguous()
+    codes, table = torch.empty(-(-n // 2), dtype=torch.uint8, device=device), _table(device)
     keep = absmax is not None
     scales = torch.empty(-(-n // block), device=device) if absmax is None else absmax.contiguous()
     k1, k2 = map(int, keys(seed or 0))
-    rows = max(1, 2048 // block)
-    if n:
+
+    def start(config: Config) -> None:
+        rows = max(1, config["WEIGHTS"] // block)
         quantize[(-(-len(scales) // rows),)](
-            flat.contiguous(), scales, codes, torch.from_numpy(NF4.copy()).to(device), n, offset,
-            k1, k2, KEEP=keep, CHANCE=seed is not None, BLOCK=block, ROWS=rows,
+            flat, scales, codes, table, n, offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
+            BLOCK=block, ROWS=rows, num_warps=config["num_warps"],
         )  # fmt: skip
+
+    if n:
+        tuned("quantize", QUANTIZE, (flat, block, keep, seed is not None), start)
     return codes, scales
+
+
+def _table(device: Any) -> Tensor:
+    import torch
+
+    return torch.from_numpy(NF4.copy()).to(device)
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Site
+from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import UsageError
-from lorasurgery.model import open_model
+from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
@@ -18,20 +18,36 @@ from lorasurgery.operations.algebra.adapter_output import (
     check_ready,
     publish,
 )
+from lorasurgery.operations.algebra.bias_sites import biases_added
 from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
-from lorasurgery.operations.algebra.made import each, kept, name_of, nbytes, usable, with_sites
+from lorasurgery.operations.algebra.made import (
+    each,
+    kept,
+    name_of,
+    nbytes,
+    usable,
+    variant_of,
+    with_sites,
+)
 from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
 from lorasurgery.operations.algebra.site_weights import site_weights
 from lorasurgery.operations.algebra.svd import padded
+from lorasurgery.operations.layouts.layout import Layout
+from lorasurgery.operations.layouts.relaid import Relaid
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """`folded`: alpha = rank, the scale in B; `uniform`: one rank for all modules, zeros where it was less."""
+    """`folded`: alpha = rank, the scale in B; `uniform`: one rank for all modules, zeros where it was less.
+
+    `to`: "" keeps each module's variant, where a layout is all that is asked for.
+    """
 
     to: str = "lora"
+    layout: Layout = field(default_factory=Layout)
     base: Path | None = None
     aim: Aim = field(default_factory=Aim)
     folded: bool = False
@@ -42,13 +58,16 @@ class ConvertOptions:
 
     def check(self) -> None:
         """Raises UnknownNameError, UsageError or ValueRangeError."""
-        plugins.load("adapters", self.to)
+        if self.to or not self.layout.asked:
+            plugins.load("adapters", self.to)
         self.aim.check()
+        self.layout.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
         if self.padded and self.to != "lora":
             raise UsageError(
-                f"--to {self.to}: --uniform-rank and --ranks-allowed are of LoRA. Take them away."
+                f"--to {self.to or 'VARIANT'}: --uniform-rank and --ranks-allowed are of LoRA. "
+                + ("Take them away." if self.to else "Pass --to lora.")
             )
 
     @property
@@ -67,7 +86,7 @@ class ConvertOptions:
     def settings(self) -> dict[str, object]:
         return {
             "to": self.to, **self.aim.settings, "bake_scale": self.folded, "uniform_rank": self.uniform,
-            "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype,
+            "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype, **self.layout.settings,
         }  # fmt: skip
 
 
@@ -82,27 +101,62 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
     check_ready(output, inputs, how)
     notes = usable(adapter, options.allowed)
-    weights = None
-    if options.base:
-        model = open_model(options.base)
-        weights = site_weights(model, adapter)
-        adapter = replace(adapter, base_config=model.config)
-    folded = options.folded or options.padded
-    work = Conversion(adapter, options.to, options.capped, weights, folded)
-    found = each(adapter.sites, lambda site: convert_site(work, site), how)
-    sites = (
-        _with_ranks([c.site for c in found], options) if options.padded else [c.site for c in found]
-    )
-    results = tuple(
-        _result(before, c, site)
-        for before, c, site in zip(adapter.sites, found, sites, strict=True)
-    )
-    exact = sum(c.exact for c in found)
+    model = open_model(options.base) if options.base else None
+    if model is not None:
+        adapter = replace(completed(model, adapter), base_config=model.config)
+    relaid = options.layout.before(adapter, model)
+    made, results = _converted(relaid, model, options, how)
+    last = options.layout.after(made, model)
+    if len(last.adapter.sites) != len(results):
+        pairs = zip(last.origins, last.adapter.sites, strict=True)
+        by = {id(site): result for site, result in zip(made.sites, results, strict=True)}
+        shown = tuple(_of_part(by[id(old)], new) for old, new in pairs)
+    else:
+        shown = results
+    exact = sum(int(r.metrics["exact_form"]) for r in shown)
     outcome = Outcome(
-        "convert", with_sites(adapter, sites), inputs, options.settings, results,
-        {"modules": len(found), "exact_modules": exact, **total(results)}, notes, started,
+        "convert", biases_added(last.adapter), inputs, options.settings, shown,
+        {"modules": len(shown), "exact_modules": exact, **total(results)},
+        (*notes, *relaid.notes, *last.notes), started,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
+
+
+def _converted(
+    relaid: Relaid, model: Model | None, options: ConvertOptions, how: RunOptions
+) -> tuple[Adapter, tuple[Result, ...]]:
+    """Every site as the wanted variant and rank, and a row of the report for it."""
+    adapter = relaid.adapter
+    kept_as_it_is = (
+        options.layout.asked
+        and options.to in ("", "lora")
+        and all(
+            variant_of(site).LINEAR_IN_W or site.config.variant == options.to or not options.to
+            for site in adapter.sites
+        )
+    )
+    weights = None if model is None or kept_as_it_is else site_weights(model, adapter)
+    pairs = list(zip(relaid.origins, adapter.sites, strict=True))
+    if weights is not None:  # what this base has no place for, and need not have, is left out
+        pairs = [(old, site) for old, site in pairs if name_of(site) in weights.shares]
+    folded = options.folded or options.padded
+    work = Conversion(adapter, options.to, options.capped, weights, folded)
+
+    def convert_one(site: Site) -> Converted:
+        return convert_site(replace(work, to=options.to or site.config.variant), site)
+
+    found = each([site for _, site in pairs], convert_one, how)
+    sites = [c.site for c in found]
+    sites = _with_ranks(sites, options) if options.padded else sites
+    rows = zip(pairs, found, sites, strict=True)
+    return with_sites(adapter, sites), tuple(_result(old, c, site) for (old, _), c, site in rows)
+
+
+def _of_part(of: Result, site: Site) -> Result:
+    """A part's row: what is lost of the whole is not dealt out."""
+    kept_whole = {k: of.metrics[k] for k in ("exact_form", "rank_before") if k in of.metrics}
+    own = {"rank": float(site.config.rank), "bytes": float(nbytes(site))}
+    return Result(name_of(site), {**kept_whole, **own}, {}, {})
 
 
 def _result(before: Site, converted: Converted, site: Site) -> Result:

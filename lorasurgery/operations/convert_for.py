@@ -44,7 +44,7 @@ def convert_for(path: Path, output: Path | None, options: FitOptions, how: RunOp
     notes = usable(adapter, options.allowed)
     fitted = fit(adapter, options.runtime, open_model(base) if base else None)
     sites = fitted.adapter.sites
-    pairs = zip(adapter.sites, sites, strict=True)
+    pairs = zip(fitted.origins, sites, strict=True)
     results = tuple(_result(before, after) for before, after in pairs)
     settings = {"for": options.runtime, "dtype": options.form.dtype}
     total = {"modules": len(sites), "bytes": float(sum(nbytes(site) for site in sites))}

@@ -77,7 +77,8 @@ def _rows(adapter: Adapter, runtime: Runtime, model: Model | None) -> list[Row]:
         rows.append(Row("layout", verdict, why, claim.source if claim else ""))
     # what the runtime's own layout says needs no converter that could lose it
     own = runtime.layouts[0] == adapter.dialect != "peft"
-    rows += [_row(feature, runtime.claims, own=own) for feature in features(adapter, model)]
+    claims = runtime.claims_on(model.config if model else adapter.base_config)
+    rows += [_row(feature, claims, own=own) for feature in features(adapter, model)]
     most = max(runtime.ranks, default=0)
     high = tuple(s.module for s in adapter.sites if most and s.config.rank > most)
     if high:

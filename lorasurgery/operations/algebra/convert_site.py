@@ -151,8 +151,8 @@ def _from_lora(how: Conversion, site: Site, w: Array | None, found: _AsLora) -> 
         raise needs_base(site.config.variant, how.to)
     if a.ndim == 3:
         raise MatchError(
-            f"{how.adapter.path}: {name_of(site)} is a stack of experts, which {how.to} has no form "
-            "for. Convert to lora, or leave it out."
+            f"{how.adapter.path}: {name_of(site)} is a stack of experts, and a {how.to} is of one matrix. Pass "
+            "--experts single, or --to lora."
         )
     base = nothing((len(b), a.shape[1])) if w is None else w
     factors = target.from_lora(base, a, b)

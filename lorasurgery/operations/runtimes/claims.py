@@ -1,7 +1,8 @@
 """What each runtime does with what an adapter may hold: claims, each with what was read or run to make it.
 
 A feature that a runtime is not listed with is unknown: nobody has looked. Files of these commits were read, not
-every release: vLLM lora/peft_helper.py 0214369, lora/utils.py 001e63a, config/lora.py 01230b4; SGLang
+every release: vLLM lora/peft_helper.py 0214369, lora/utils.py 001e63a, config/lora.py 01230b4, lora/model_manager.py
+01533aa, lora/lora_model.py 0306474, and of the models the classes that say is_3d_moe_weight; SGLang
 srt/lora/lora.py 002c60a; llama.cpp convert_lora_to_gguf.py 0b03ada, src/llama-adapter.cpp 0650ea8; diffusers
 loaders/lora_base.py 005627e, utils/state_dict_utils.py 0023a2c; sd-scripts networks/lora.py 02298e3; Olive
 cli/convert_adapters.py ee6f40f. PEFT 0.21.2 and LyCORIS 4.1.3 were run.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # silent: it is loaded, and computes something else; unknown is what no claim is made of
 Verdict = Literal["ok", "rejected", "silent", "unknown"]
@@ -36,6 +37,28 @@ class Runtime:
     ranks: tuple[int, ...] = ()
     # one alpha / r for all modules
     uniform: bool = False
+    # whether it is known how it reads experts: one by one, but for models of these architectures stacked
+    experts: bool = False
+    stacks: tuple[str, ...] = ()
+
+    def takes_stacks(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model of this config.json has its experts' factors stacked there."""
+        return bool(set(config.get("architectures") or ()) & set(self.stacks))
+
+    def claims_on(self, config: Mapping[str, Any]) -> Mapping[str, Claim]:
+        """With what is otherwise for a model whose experts are stacked."""
+        if not self.takes_stacks(config):
+            return self.claims
+        one, stack = self.claims[ONE_BY_ONE], self.claims[STACKED]
+        why = "this model's class has is_3d_moe_weight"
+        return {
+            **self.claims,
+            STACKED: Claim("ok", why, one.source),
+            ONE_BY_ONE: Claim("rejected", why, stack.source),
+        }
+
+
+ONE_BY_ONE, STACKED, SOME = "experts one by one", "stacked experts", "experts without factors"
 
 
 def _ok(why: str, source: str) -> Claim:
@@ -51,6 +74,7 @@ def _silent(why: str, source: str, *, by_scale: bool = False) -> Claim:
 
 
 _VLLM = "vllm/lora/peft_helper.py"
+_VLLM_EXPERTS = "vllm/lora/model_manager.py"
 _SGLANG = "sglang/srt/lora/lora.py at 002c60a; later files have not been read"
 _LLAMA = "llama.cpp/convert_lora_to_gguf.py"
 _LLAMA_RUN = "llama.cpp/src/llama-adapter.cpp"
@@ -74,11 +98,22 @@ RUNTIMES: Mapping[str, Runtime] = {
                 "a tensor that is no lora_A or lora_B is an unsupported LoRA weight",
                 "vllm/lora/utils.py",
             ),
+            ONE_BY_ONE: _ok("a matrix for each expert is what most models' classes pack", _VLLM_EXPERTS),
+            STACKED: _rejected(
+                "this model's class has no is_3d_moe_weight, and asserts a list of experts",
+                _VLLM_EXPERTS,
+            ),
+            SOME: _rejected("every expert's three matrices are asserted", "vllm/lora/lora_weights.py"),
             "rank": _rejected("max_lora_rank is at most 512", "vllm/config/lora.py"),
             "layout": _rejected("it reads a directory with adapter_config.json", _VLLM),
         },
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         uniform=True,
+        experts=True,
+        stacks=(
+            "GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
+            "Glm4MoeLiteForCausalLM", "InternS1ProForConditionalGeneration",
+        ),
     ),
     "sglang": Runtime(
         ("peft",),
@@ -147,6 +182,7 @@ RUNTIMES: Mapping[str, Runtime] = {
                 for feature in (
                     "rsLoRA", "alpha_pattern", "rank_pattern", "DoRA", "modules_to_save", "bias",
                     "lora_bias", "embeddings", "target_parameters", "other variants", "convolutions",
+                    STACKED, ONE_BY_ONE, SOME,
                 )
             },
             "layout": _rejected("it looks for adapter_config.json", _PEFT),

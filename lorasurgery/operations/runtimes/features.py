@@ -10,6 +10,9 @@ from lorasurgery import targets
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.layouts import HEADS
 from lorasurgery.model import Model
+from lorasurgery.operations.layouts.experts import is_one, is_stacked
+from lorasurgery.operations.runtimes.claims import ONE_BY_ONE, SOME, STACKED
+from lorasurgery.operations.runtimes.experts import some_missing
 from lorasurgery.targets import unmatched
 
 # what PEFT's files say of a variant that is none of these is another type's
@@ -28,6 +31,7 @@ class Feature:
 def features(adapter: Adapter, model: Model | None = None) -> list[Feature]:
     """Those that the adapter has; with its base also what does not fit to it."""
     found = [*_of_sites(adapter.sites), *_of_wholes(adapter)]
+    found.append(Feature(SOME, some_missing(adapter, model)))
     if adapter.problems:
         found.append(
             Feature("parts that are not understood", tuple(p.name for p in adapter.problems))
@@ -58,7 +62,9 @@ def _of_sites(sites: tuple[Site, ...]) -> Iterable[Feature]:
         "DoRA": lambda s: s.config.variant == "dora",
         "other variants": lambda s: s.config.variant not in _LORA,
         "embeddings": lambda s: s.layout == "embedding",
-        "target_parameters": lambda s: s.layout in ("parameter", "experts"),
+        "target_parameters": lambda s: s.layout == "parameter" and not is_stacked(s),
+        STACKED: is_stacked,
+        ONE_BY_ONE: is_one,
         "convolutions": lambda s: bool(s.kernel),
     }
     # an rsLoRA without r and alpha of its own is scaled by what the flag says of the usual two

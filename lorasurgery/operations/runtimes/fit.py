@@ -16,8 +16,9 @@ from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
 from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.operations.lint import runtime_of
-from lorasurgery.operations.runtimes.claims import Runtime
+from lorasurgery.operations.runtimes.claims import ONE_BY_ONE, SOME, STACKED, Runtime
 from lorasurgery.operations.runtimes.dotted import dotted
+from lorasurgery.operations.runtimes.experts import fitted_experts
 from lorasurgery.operations.runtimes.features import features
 from lorasurgery.tensors import TensorInfo
 
@@ -37,6 +38,7 @@ class Fitted:
     adapter: Adapter
     dialect: str
     notes: tuple[str, ...]
+    origins: tuple[Site, ...]  # which of the sites that came each of these is made of
 
 
 def fit(adapter: Adapter, runtime: str, model: Model | None = None) -> Fitted:
@@ -49,28 +51,34 @@ def fit(adapter: Adapter, runtime: str, model: Model | None = None) -> Fitted:
     dialect = known.layouts[0]
     if adapter.dialect == "kohya" != dialect:
         adapter = dotted(adapter, model, parts=dialect == "diffusers")
-    _refuse(adapter, runtime, known, model)
-    sites, notes = adapter.sites, tuple[str, ...]()
+    relaid = fitted_experts(adapter, runtime, known, model)
+    # what became of experts was held to the base's, which may have them in the other layout
+    there = {id(site) for site in relaid.adapter.sites}
+    kept = tuple(site for site in adapter.sites if id(site) in there)
+    _refuse(replace(adapter, sites=kept), runtime, known, model)
+    adapter = relaid.adapter
+    sites, notes = adapter.sites, relaid.notes
     if runtime != "peft":  # which is what everything was written for
         holds = cast(Dialect, plugins.load("dialects", dialect)).VARIANTS
         plain = [_plain(adapter, site, runtime, holds) for site in adapter.sites]
         ranks = _ranks(adapter, plain, runtime, known)
         sites = tuple(_sized(site, rank) for site, rank in zip(plain, ranks, strict=True))
-        notes = tuple(_notes(adapter.sites, sites))
+        notes = (*notes, *_notes(adapter.sites, sites))
     config = model.config if model is not None else adapter.base_config
     settings = adapter.settings if adapter.dialect == dialect else {}
     made = replace(
         adapter, sites=sites, dialect=dialect, settings=settings, problems=(), base_config=config
     )
-    return Fitted(made, dialect, notes)
+    return Fitted(made, dialect, notes, relaid.origins)
 
 
 def _refuse(adapter: Adapter, runtime: str, known: Runtime, model: Model | None) -> None:
     """Raise for each kind of thing that is not known to be read."""
     reasons = []
+    mended = (*_MENDED, *((STACKED, ONE_BY_ONE, SOME) if known.experts else ()))
     for feature in features(adapter, model):
         claim = known.claims.get(feature.name)
-        if feature.name in (*_MENDED, *_DECIDED) or (claim and claim.verdict == "ok"):
+        if feature.name in (*mended, *_DECIDED) or (claim and claim.verdict == "ok"):
             continue
         why = claim.why if claim else "nobody has looked whether it reads them"
         more = f" and {len(feature.where) - 1} more" if feature.where[1:] else ""
