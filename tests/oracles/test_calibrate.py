@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from merging import make_adapter
+from merging import SCALE, factors, make_adapter
+from packed import Quantized
 from texts import (
     IDS,
     TEXT,
@@ -79,6 +82,9 @@ CONVERTED: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(r=5, lora_alpha=7, target_modules=LINEAR),
     "embedding": lambda: peft.LoraConfig(r=5, lora_alpha=7, target_modules=["embed_tokens", "q_proj"]),
     "dora": lambda: peft.LoraConfig(r=5, lora_alpha=7, target_modules=LINEAR, use_dora=True),
+    "dora-embedding": lambda: peft.LoraConfig(
+        r=5, lora_alpha=7, target_modules=["embed_tokens", "q_proj"], use_dora=True
+    ),
     "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=LINEAR),
     "lokr": lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=LINEAR),
@@ -127,6 +133,26 @@ def test_turned_layers_have_the_same_inputs(tmp_path: Path, text: Path) -> None:
         "--window", WINDOW,
     )  # fmt: skip
     check(gpt2, start, out, found)
+
+
+def test_a_quantized_base_gives_the_inputs_that_it_has(
+    quantized: Quantized, text: Path, tmp_path: Path
+) -> None:
+    _, nf4, start = quantized
+    # transformers dequantizes by bitsandbytes in both; in float32, where this one is bfloat16
+    base = replace(nf4, path=Path(shutil.copytree(nf4.path, tmp_path / "nf4")), dtype=torch.float32)
+    add_tokenizer(base)
+    found = facts(
+        "convert", start, "--dry-run", "--base", base.path, "--rank", 1, "--calibrate", text,
+        "--window", WINDOW,
+    )  # fmt: skip
+    x, held = inputs(base, start, WINDOW), factors(start)
+    assert x.keys() == held.keys()
+    for name, (a, b) in held.items():
+        delta = (SCALE * b.double() @ a.double()).numpy()
+        said = found["tensors"][f"{name}.weight"]["output_error"]
+        wanted = best(delta, x[name], 1) / output_error(delta, x[name])
+        assert said == pytest.approx(wanted, rel=1e-3)
 
 
 def test_sums_that_memory_does_not_hold_are_gathered_in_passes(
