@@ -186,6 +186,22 @@ def test_only_so_many_tokens_are_read(base: Base, text: Path, tmp_path: Path) ->
     assert cut["tensors"] != facts(*lines, "--calibrate", text)["tensors"]
 
 
+def test_notes_say_what_the_inputs_leave_open(base: Base, text: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=5, target_modules=LINEAR, use_dora=True, modules_to_save=["lm_head"], lora_alpha=7
+    )
+    start = save(base, config, tmp_path / "start")
+    notes = facts(
+        "convert", start, "--base", base.path, "--rank", RANK, "--dry-run", "--calibrate", text,
+        "--tokens", 20,
+    )["notes"]  # fmt: skip
+    assert notes == [
+        f"inputs are those of 20 tokens of {text}, in windows of 512.",
+        "they leave out what the adapter replaces or adds whole: lm_head.weight.",
+        "20 tokens show less than the 48 directions of an input: more are better.",
+    ]
+
+
 def test_what_is_not_cut_is_kept_as_it_is(base: Base, text: Path, tmp_path: Path) -> None:
     start, out = save(base, CONVERTED["lora"](), tmp_path / "start"), tmp_path / "out"
     found = facts(
