@@ -156,7 +156,7 @@ def test_surgery_json_says_what_was_done(lora: Path, tmp_path: Path) -> None:
 
 def test_errors_are_one_line_each_and_leave_nothing(lora: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    one = "prune: needs one of --rank, --energy and --budget. Pass just one."
+    one = "prune: needs one of --rank, --energy, --budget and --drop. Pass just one."
     assert fails("prune", lora, "-o", out) == (2, one)
     assert fails("prune", lora, "-o", out, "--rank", "2", "--energy", "0.5") == (2, one)
     assert fails("prune", lora, "-o", out, "--rank", "0") == (

@@ -58,6 +58,13 @@ COLUMNS = {
     "exact_form": Column("exact", _yes, min),
     "exact_modules": Column("exact", _number),
     "weight_error": Column("error of W'", _percent),
+    "output_error": Column("error of outputs", _percent),
+    "output_energy": Column("energy of outputs kept", _percent, min),
+    "unweighted_error": Column("relative error, unweighted", _percent),
+    "unweighted_output_error": Column("error of outputs, unweighted", _percent),
+    "importance": Column("importance", _percent, None),
+    "kept": Column("kept", _number, None),
+    "kept_modules": Column("kept", _number),
     "angle_in": Column("angle in", _fixed, min),
     "angle_out": Column("angle out", _fixed, min),
     "energy": Column("energy kept", _percent, min),
@@ -74,7 +81,10 @@ COLUMNS = {
 }
 
 # sums from which totals are made; --json has them
-HIDDEN = {"error2", "norm2", "signal", "power", "noise2"}
+HIDDEN = {
+    "error2", "norm2", "signal", "power", "noise2", "output2", "output_error2", "output_norm2",
+    "unweighted_error2", "unweighted_output_error2",
+}  # fmt: skip
 
 # what is said of the whole, before all else
 TOTALS_FIRST = ("tensors", "modules", "retained", "noise", "relative_error", "max_error")

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from lorasurgery.cli._config import use_config
 from lorasurgery.cli._sizes import size
 from lorasurgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorasurgery.operations.activations.calibration import Calibration
 
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
 Adapter = Annotated[
@@ -148,6 +151,32 @@ class WritingAdapter:
         return Writing(
             self.output, self.overwrite, durable=self.durable, dry_run=self.dry_run, jobs=self.jobs
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrating:
+    """The text that shows what a module's inputs are."""
+
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate", metavar="TEXT", exists=True, dir_okay=False,
+            help="Weigh by the inputs that modules get on this file, UTF-8; transformers runs --base.",
+        ),
+    ] = None  # fmt: skip
+    window: Annotated[
+        int, typer.Option("--window", min=2, help="Tokens of TEXT that are seen at once.")
+    ] = 512
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=2, help="Tokens of TEXT, from its start.")
+    ] = 8192
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """None where no text is given."""
+        from lorasurgery.operations.activations.calibration import Calibration
+
+        return Calibration(self.calibrate, self.window, self.tokens) if self.calibrate else None
 
 
 def refuse_flags(path: Path, writing: Writing, given: Mapping[str, object]) -> None:

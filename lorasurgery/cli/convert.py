@@ -8,6 +8,7 @@ import typer
 
 from lorasurgery.cli._options import (
     AllowUnmatched,
+    Calibrating,
     Energy,
     Printing,
     Rank,
@@ -79,6 +80,7 @@ def command(
     ] = False,
     allow_unmatched: AllowUnmatched = None,
     *,
+    calibrating: Calibrating,
     writing: WritingAdapter,
     printing: Printing,
 ) -> None:
@@ -107,7 +109,7 @@ def command(
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
         ranked = rank or energy or bake_scale or uniform_rank or ranks_allowed
-        if writing.dialect or ranked or projections or experts:
+        if writing.dialect or ranked or projections or experts or calibrating.calibrate:
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
@@ -127,6 +129,7 @@ def command(
         allowed_ranks=ranks(ranks_allowed),
         allowed=allowed,
         form=form,
+        calibration=calibrating.calibration,
     )
     carry_out(lambda output, how: convert(source, output, options, how), writing.run, printing)
 

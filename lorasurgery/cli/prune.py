@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lorasurgery.cli._options import (
     AllowUnmatched,
+    Calibrating,
     Energy,
     Printing,
     Rank,
@@ -32,17 +33,45 @@ def command(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="DIR", help="Count each change relative to this weight's norm."
+            "--base",
+            metavar="DIR",
+            help="Count each change relative to this weight's norm, or run this on --calibrate TEXT.",
         ),
     ] = None,
+    by: Annotated[
+        Literal["change", "base", "activations"] | None,
+        typer.Option(
+            "--by",
+            show_default="base with --base, or change",
+            help="A rank counts by its energy, by that relative to the base's, or by that of outputs.",
+        ),
+    ] = None,
+    drop: Annotated[
+        float | None,
+        typer.Option(
+            "--drop",
+            metavar="SHARE",
+            help="LoRA-drop: the fewest modules with this share of importance keep factors of their own.",
+        ),
+    ] = None,
+    drop_over: Annotated[
+        Literal["group", "all"],
+        typer.Option("--drop-over", help="The share of each kind and size of module, or of all."),
+    ] = "group",
+    dropped: Annotated[
+        Literal["share", "remove"],
+        typer.Option("--dropped", help="The others share a pair for each group, or go."),
+    ] = "share",
     allow_unmatched: AllowUnmatched = None,
     *,
+    calibrating: Calibrating,
     writing: WritingAdapter,
     printing: Printing,
 ) -> None:
     """Cut an adapter's ranks down to what counts, and say what was lost.
 
     Singular values of all modules compete: each module ends with a rank of its own, or without one.
+    With --drop, modules compete: by what they do to outputs on --calibrate TEXT.
 
     Example:
 
@@ -50,6 +79,7 @@ def command(
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.drop import DropOptions
     from lorasurgery.operations.prune import PruneOptions, prune
     from lorasurgery.tensors import DTYPE_NAMES
 
@@ -63,6 +93,9 @@ def command(
         base=resolve(base) if base else None,
         allowed=tuple(allow_unmatched or ()),
         form=AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype]),
+        by=by,
+        calibration=calibrating.calibration,
+        drop=None if drop is None else DropOptions(drop, drop_over, dropped),
     )
     source = resolve(adapter)
     carry_out(lambda output, how: prune(source, output, options, how), writing.run, printing)

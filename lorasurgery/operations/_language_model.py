@@ -86,6 +86,14 @@ def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> Lan
     return LanguageModel(path, model, tokenizer, adapter)
 
 
+def windows(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """(where it starts, tokens) of windows without overlap; what follows alone in the last is left out."""
+    for start in range(0, len(tokens) - 1, size):
+        part = tokens[start : start + size]
+        if len(part) > 1:
+            yield start, part
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and notes of transformers' own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,10 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations.activations.calibration import Calibration, inputs_of
+from lorasurgery.operations.activations.gather import gather
+from lorasurgery.operations.activations.probe import Moment
+from lorasurgery.operations.activations.weighed import totals
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
     Outcome,
@@ -55,6 +59,7 @@ class ConvertOptions:
     allowed_ranks: tuple[int, ...] = ()
     allowed: tuple[str, ...] = ()
     form: AdapterFormat = field(default_factory=AdapterFormat)
+    calibration: Calibration | None = None
 
     def check(self) -> None:
         """Raises UnknownNameError, UsageError or ValueRangeError."""
@@ -64,10 +69,23 @@ class ConvertOptions:
         self.layout.check()
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
+        if self.calibration:
+            self._check_calibration(self.calibration)
         if self.padded and self.to != "lora":
             raise UsageError(
                 f"--to {self.to or 'VARIANT'}: --uniform-rank and --ranks-allowed are of LoRA. "
                 + ("Take them away." if self.to else "Pass --to lora.")
+            )
+
+    def _check_calibration(self, calibration: Calibration) -> None:
+        calibration.check(self.base)
+        if self.layout.asked:
+            raise UsageError(
+                "--calibrate: runs modules as they are. Convert once more for --projections and --experts."
+            )
+        if self.capped.rank is None and self.capped.energy is None:
+            raise UsageError(
+                "--calibrate: weighs what is cut off, and nothing is. Pass --rank or --energy."
             )
 
     @property
@@ -87,6 +105,7 @@ class ConvertOptions:
         return {
             "to": self.to, **self.aim.settings, "bake_scale": self.folded, "uniform_rank": self.uniform,
             "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype, **self.layout.settings,
+            **(self.calibration.settings if self.calibration else {}),
         }  # fmt: skip
 
 
@@ -98,32 +117,44 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     started = time.perf_counter()
     options.check()
     adapter = open_adapter(path)
-    inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
+    inputs = inputs_of(adapter.path, options.base, options.calibration)
     check_ready(output, inputs, how)
     notes = usable(adapter, options.allowed)
     model = open_model(options.base) if options.base else None
     if model is not None:
         adapter = replace(completed(model, adapter), base_config=model.config)
+    moments = None
+    if model is not None and options.calibration:
+        seen = gather(adapter, site_weights(model, adapter), options.calibration, how)
+        moments, notes = seen.moments, notes + seen.notes
     relaid = options.layout.before(adapter, model)
-    made, results = _converted(relaid, model, options, how)
+    made, results = _converted(relaid, model, options, how, moments)
     last = options.layout.after(made, model)
-    if len(last.adapter.sites) != len(results):
-        pairs = zip(last.origins, last.adapter.sites, strict=True)
-        by = {id(site): result for site, result in zip(made.sites, results, strict=True)}
-        shown = tuple(_of_part(by[id(old)], new) for old, new in pairs)
-    else:
-        shown = results
+    shown = _shown(made, last, results)
     exact = sum(int(r.metrics["exact_form"]) for r in shown)
     outcome = Outcome(
         "convert", biases_added(last.adapter), inputs, options.settings, shown,
-        {"modules": len(shown), "exact_modules": exact, **total(results)},
+        {"modules": len(shown), "exact_modules": exact, **total(results), **totals(results)},
         (*notes, *relaid.notes, *last.notes), started,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
 
 
+def _shown(made: Adapter, last: Relaid, results: tuple[Result, ...]) -> tuple[Result, ...]:
+    """A row for each site that is written, of those before the last layout."""
+    if len(last.adapter.sites) == len(results):
+        return results
+    pairs = zip(last.origins, last.adapter.sites, strict=True)
+    by = {id(site): result for site, result in zip(made.sites, results, strict=True)}
+    return tuple(_of_part(by[id(old)], new) for old, new in pairs)
+
+
 def _converted(
-    relaid: Relaid, model: Model | None, options: ConvertOptions, how: RunOptions
+    relaid: Relaid,
+    model: Model | None,
+    options: ConvertOptions,
+    how: RunOptions,
+    moments: Mapping[str, Moment] | None,
 ) -> tuple[Adapter, tuple[Result, ...]]:
     """Every site as the wanted variant and rank, and a row of the report for it."""
     adapter = relaid.adapter
@@ -140,7 +171,7 @@ def _converted(
     if weights is not None:  # what this base has no place for, and need not have, is left out
         pairs = [(old, site) for old, site in pairs if name_of(site) in weights.shares]
     folded = options.folded or options.padded
-    work = Conversion(adapter, options.to, options.capped, weights, folded)
+    work = Conversion(adapter, options.to, options.capped, weights, folded, moments)
 
     def convert_one(site: Site) -> Converted:
         return convert_site(replace(work, to=options.to or site.config.variant), site)

@@ -6,12 +6,12 @@ perplexity = exp(mean -log p(token | those before it in its window)); KL(A || B)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorasurgery.errors import FormatError
-from lorasurgery.operations._language_model import LanguageModel
+from lorasurgery.operations._language_model import LanguageModel, windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def evaluate(
             f"{one.model.config.vocab_size}: their distributions cannot be compared."
         )
     sums = _Sums()
-    for start, part in _windows(tokens, window):
+    for start, part in windows(tokens, window):
         _add(sums, one, two, part)
         if progress:
             progress(start + len(part), len(tokens), one.path.name)
@@ -68,13 +68,6 @@ class _Sums:
     other_loss: float = 0.0
     divergence: float = 0.0
     agreeing: int = 0
-
-
-def _windows(tokens: Tensor, window: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(tokens) - 1, window):
-        part = tokens[start : start + window]
-        if len(part) > 1:
-            yield start, part
 
 
 def _add(sums: _Sums, one: LanguageModel, two: LanguageModel | None, part: Tensor) -> None:

@@ -6,43 +6,43 @@ The error is what was cut off, exactly: ||D - D'||² is the sum of the squares o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lorasurgery.adapter import Adapter, Site
-from lorasurgery.arrays import Array
-from lorasurgery.edit import tile_rows
 from lorasurgery.errors import UsageError
-from lorasurgery.model import Model, open_model
+from lorasurgery.model import open_model
 from lorasurgery.operations._adapters import open_adapter
+from lorasurgery.operations.activations.calibration import Calibration, inputs_of
+from lorasurgery.operations.activations.gather import gather
+from lorasurgery.operations.activations.probe import Moment
+from lorasurgery.operations.activations.weighed import totals
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
     Outcome,
     check_ready,
     publish,
 )
-from lorasurgery.operations.algebra.made import (
-    each,
-    lora_site,
-    low_rank,
-    name_of,
-    remembering,
-    usable,
-    with_sites,
-)
-from lorasurgery.operations.algebra.nearest import check_energy, check_rank, loss, total
-from lorasurgery.operations.algebra.ranks import Spectrum, at_most, keeping, spectrum_of, within
+from lorasurgery.operations.algebra.drop import DropOptions, dropped
+from lorasurgery.operations.algebra.made import each, name_of, usable, with_sites
+from lorasurgery.operations.algebra.nearest import check_energy, check_rank, total
+from lorasurgery.operations.algebra.prune_sites import Pruning, relative
+from lorasurgery.operations.algebra.ranks import Spectrum, at_most, keeping, within
 from lorasurgery.operations.algebra.site_weights import site_weights
-from lorasurgery.operations.algebra.svd import of_product, singular_values
 from lorasurgery.report import Report, Result
-from lorasurgery.surgery import TILE_BYTES, RunOptions
+from lorasurgery.surgery import RunOptions
+from lorasurgery.targets import completed
 from lorasurgery.tensors import BITS
+
+# what a rank counts by: ||D||², that relative to ||W||², or E||D x||²
+By = Literal["change", "base", "activations"]
 
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """Just one of rank, energy, parameters and size; `base` weighs each change by its weight's norm."""
+    """Just one of rank, energy, parameters, size and drop."""
 
     rank: int | None = None
     energy: float | None = None
@@ -52,16 +52,55 @@ class PruneOptions:
     base: Path | None = None
     allowed: tuple[str, ...] = ()
     form: AdapterFormat = field(default_factory=AdapterFormat)
+    by: By | None = None
+    calibration: Calibration | None = None
+    drop: DropOptions | None = None
 
     def check(self) -> None:
         """Raises UsageError or ValueRangeError."""
-        given = [x is not None for x in (self.rank, self.energy, self.parameters, self.size)]
-        if sum(given) != 1:
-            raise UsageError("prune: needs one of --rank, --energy and --budget. Pass just one.")
+        ways = (self.rank, self.energy, self.parameters, self.size, self.drop)
+        if sum(way is not None for way in ways) != 1:
+            raise UsageError(
+                "prune: needs one of --rank, --energy, --budget and --drop. Pass just one."
+            )
+        self._check_measure()
+        if self.drop:
+            self.drop.check()
         check_rank(self.rank)
         check_energy(self.energy)
         for rank in self.allowed_ranks:
             check_rank(rank, "--ranks-allowed")
+
+    def _check_measure(self) -> None:
+        """Raises UsageError for a measure without what it needs, or a text that nothing looks at."""
+        if self.drop and (self.by or self.allowed_ranks):
+            raise UsageError("--drop: keeps the ranks. Take --by and --ranks-allowed away.")
+        if self.measure == "base" and self.base is None:
+            raise UsageError("--by base: counts by the base's weights. Pass --base DIR.")
+        looks = self.drop is not None or self.measure == "activations"
+        if looks and self.calibration is None:
+            flag = "--drop" if self.drop else "--by activations"
+            raise UsageError(f"{flag}: looks at inputs. Pass --calibrate TEXT and --base DIR.")
+        if self.calibration:
+            if not looks:
+                raise UsageError(
+                    "--calibrate: is for --by activations and --drop. Pass one of them."
+                )
+            self.calibration.check(self.base)
+
+    @property
+    def measure(self) -> By:
+        """What a change counts by; a base that is given is meant to count."""
+        return self.by or ("base" if self.base and not self.drop else "change")
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {
+            "rank": self.rank, "energy": self.energy, "budget": self.budget, "by": self.measure,
+            "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype,
+            **(self.calibration.settings if self.calibration else {}),
+            **(self.drop.settings if self.drop else {}),
+        }  # fmt: skip
 
     @property
     def budget(self) -> int | None:
@@ -79,39 +118,49 @@ def prune(path: Path, output: Path | None, options: PruneOptions, how: RunOption
     started = time.perf_counter()
     options.check()
     adapter = open_adapter(path)
-    inputs = {"adapter": adapter.path} | ({"base": options.base} if options.base else {})
+    inputs = inputs_of(adapter.path, options.base, options.calibration)
     check_ready(output, inputs, how)
     notes = usable(adapter, options.allowed)
-    spectra = each(adapter.sites, lambda site: _spectrum(adapter, site), how)
-    if options.base:
-        spectra = _relative(spectra, open_model(options.base), adapter)
-    ranks = _plan(spectra, options)
-    made = [
-        (_cut(adapter, site, spectrum, rank), _result(spectrum, rank, options))
-        for site, spectrum, rank in zip(adapter.sites, spectra, ranks, strict=True)
-    ]
-    results = tuple(result for _, result in made)
-    sites = tuple(site for site, result in made if result.metrics["rank"])
-    settings = {
-        "rank": options.rank, "energy": options.energy, "budget": options.budget,
-        "ranks_allowed": list(options.allowed_ranks), "dtype": options.form.dtype,
-    }  # fmt: skip
+    model = open_model(options.base) if options.base else None
+    moments = None
+    if model:
+        adapter = completed(model, adapter)
+    if model and options.calibration:
+        found = gather(adapter, site_weights(model, adapter), options.calibration, how)
+        moments, notes = found.moments, notes + found.notes
+        adapter = with_sites(adapter, [s for s in adapter.sites if name_of(s) in moments])
+    sites, results = (
+        dropped(adapter, moments, options.drop)
+        if options.drop and moments is not None
+        else _cut_down(adapter, moments, options, how)
+    )
+    lost = total(results) | totals(results)
     outcome = Outcome(
-        "prune", with_sites(adapter, sites), inputs, settings, results,
-        {"modules": len(sites), "dropped": len(results) - len(sites), **total(results)},
-        notes, started,
+        "prune", with_sites(adapter, sites), inputs, options.settings, tuple(results),
+        {"modules": len(sites), **_gone(results, options), **lost}, notes, started,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
 
 
-def _spectrum(adapter: Adapter, site: Site) -> Spectrum:
-    a, b = low_rank(adapter, site)
-    values = singular_values(a, b)
-    experts = a.shape[0] if a.ndim == 3 else 1
-    # PEFT has a bias only beside a LoRA
-    least = int(f"{site.module}.bias" in adapter.added)
-    cost = experts * (a.shape[-1] + b.shape[-2])
-    return Spectrum(name_of(site), spectrum_of(values), cost, (a.shape, b.shape), least=least)
+def _gone(results: Sequence[Result], options: PruneOptions) -> dict[str, float]:
+    if options.drop:
+        held = sum(r.metrics["kept"] for r in results)
+        return {"kept_modules": held, "dropped": len(results) - held}
+    return {"dropped": sum(not r.metrics["rank"] for r in results)}
+
+
+def _cut_down(
+    adapter: Adapter, moments: Mapping[str, Moment] | None, options: PruneOptions, how: RunOptions
+) -> tuple[list[Site], list[Result]]:
+    """The sites at the ranks that the budget gives them, those without one left out."""
+    work = Pruning(adapter, moments, options.form.dtype)
+    spectra = each(adapter.sites, work.spectrum, how)
+    if options.measure == "base":
+        assert options.base is not None
+        spectra = relative(spectra, open_model(options.base), adapter)
+    ranks = _plan(spectra, options)
+    made = [work.cut(*of) for of in zip(adapter.sites, spectra, ranks, strict=True)]
+    return [site for site, r in made if r.metrics["rank"]], [result for _, result in made]
 
 
 def _plan(spectra: Sequence[Spectrum], options: PruneOptions) -> list[int]:
@@ -121,50 +170,3 @@ def _plan(spectra: Sequence[Spectrum], options: PruneOptions) -> list[int]:
         return keeping(spectra, options.energy, options.allowed_ranks)
     assert options.budget is not None
     return within(spectra, options.budget, options.allowed_ranks)
-
-
-def _cut(adapter: Adapter, site: Site, spectrum: Spectrum, rank: int) -> Site:
-    """The site at this rank; its factors are made when they are written."""
-    a, b = spectrum.shapes
-
-    def load() -> tuple[Array, Array]:
-        return of_product(*low_rank(adapter, site)).factors(rank)
-
-    shapes = ((*a[:-2], max(1, rank), a[-1]), (*b[:-1], max(1, rank)))
-    return lora_site(site, shapes, remembering(load))
-
-
-def _result(spectrum: Spectrum, rank: int, options: PruneOptions) -> Result:
-    cut, whole = float(spectrum.energy[rank:].sum()), float(spectrum.energy.sum())
-    metrics = {
-        "rank_before": float(len(spectrum.energy)), "rank": float(rank), **loss(cut, whole),
-        "bytes": rank * spectrum.cost * BITS[options.form.dtype] / 8,
-    }  # fmt: skip
-    return Result(spectrum.name, metrics, {}, {})
-
-
-def _relative(spectra: Sequence[Spectrum], model: Model, adapter: Adapter) -> list[Spectrum]:
-    """Each module counts by the part of its weight that its change is."""
-    norms = _norms(model, adapter)
-    return [replace(s, weight=1 / norms[s.name] if norms[s.name] else 0.0) for s in spectra]
-
-
-def _norms(model: Model, adapter: Adapter) -> dict[str, float]:
-    """||W||² of all tensors that hold a module's weight."""
-    found = site_weights(model, adapter).shares
-    return {n: sum(_square(model, s.part.tensor) for s in of) for n, of in found.items()}
-
-
-def _square(model: Model, name: str) -> float:
-    info, read = model.weights.info(name), model.weights.read
-    step, rows = tile_rows(info, 1, TILE_BYTES), info.shape[0]
-    found = sum(_energy(read, name, start, start + step) for start in range(0, rows, step))
-    model.weights.release(name)
-    return found
-
-
-def _energy(read: Callable[[str, int, int], Array], name: str, start: int, stop: int) -> float:
-    import numpy as np
-
-    wide = read(name, start, stop).astype(np.float32).reshape(-1)
-    return float(np.dot(wide, wide))

@@ -16,7 +16,7 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.checkpoint import MANIFEST, weight_files
 from lorasurgery.errors import FormatError, UsageError
-from lorasurgery.operations.algebra.made import nbytes, parameters
+from lorasurgery.operations.algebra.made import distinct, nbytes, parameters
 from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, manifest
@@ -56,8 +56,10 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
     adapter = as_written(outcome.adapter, name, form.dtype)
     dialect = cast(Dialect, plugins.load("dialects", name))
     check_variants(adapter, name, dialect)
-    size = sum(map(nbytes, adapter.sites)) + sum(i.nbytes for i in adapter.replaced.values())
-    total = {**outcome.total, "parameters": parameters(adapter.sites), "bytes": size}
+    size = sum(map(nbytes, distinct(adapter.sites))) + sum(
+        i.nbytes for i in adapter.replaced.values()
+    )
+    total = {**outcome.total, "parameters": parameters(distinct(adapter.sites)), "bytes": size}
     report = Report(outcome.operation, outcome.results, 0.0, total, outcome.notes)
     if output is not None:
         _write(outcome, report, (adapter, dialect, size), output, how)

@@ -5,7 +5,8 @@ Every way leads through LoRA. A variant whose change is no product of small fact
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -14,6 +15,8 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, AdapterConfig, Site, Variant
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError
+from lorasurgery.operations.activations.probe import Moment
+from lorasurgery.operations.activations.weighed import Cut, Product, cut_matrix
 from lorasurgery.operations.algebra.interference import inner
 from lorasurgery.operations.algebra.made import check_finite, kept, name_of, pair, variant_of
 from lorasurgery.operations.algebra.nearest import Aim, loss, nearest
@@ -32,6 +35,9 @@ class Conversion:
     aim: Aim
     weights: SiteWeights | None
     folded: bool = False  # a LoRA becomes one of scaling 1
+    moments: Mapping[str, Moment] | None = (
+        None  # of each site's inputs, where they weigh what is cut
+    )
 
     @property
     def target(self) -> Variant:
@@ -55,6 +61,7 @@ class _AsLora:
     norm2: float
     exact: bool
     weight2: float | None  # ||W + ΔW||², where W is known
+    weighed: dict[str, float] = field(default_factory=dict)  # errors of outputs
 
 
 def convert_site(how: Conversion, site: Site) -> Converted:
@@ -66,7 +73,7 @@ def convert_site(how: Conversion, site: Site) -> Converted:
     seen = _as_matrix(how, site)
     made = kept(seen, found.a, found.b) if how.to == "lora" else _from_lora(how, seen, w, found)
     metrics = _metrics(found.a.shape[-2], found.error2, found.norm2, found.weight2)
-    return Converted(made, found.exact, metrics)
+    return Converted(made, found.exact, metrics | found.weighed)
 
 
 def _is_wanted(how: Conversion, site: Site) -> bool:
@@ -85,7 +92,10 @@ def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
     form = pair(site)
     if form is not None:
         check_finite(how.adapter, site, *form)
-        return _cut(form, how.aim, None if w is None else square(w + form[1] @ form[0]))
+        weight2 = None if w is None else square(w + form[1] @ form[0])
+        if how.moments is not None:
+            return _cut_weighed(form, how.aim, how.moments[name_of(site)], weight2)
+        return _cut(form, how.aim, weight2)
     if w is None and not variant_of(site).LINEAR_IN_W:
         raise needs_base(site.config.variant, how.to)
     if how.aim.rank is None and how.aim.energy is None:
@@ -95,8 +105,10 @@ def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
         )
     delta = _dense(site, w)
     check_finite(how.adapter, site, delta)
-    a, b, error2, norm2 = nearest(delta, how.aim)
     weight2 = None if w is None else square(w + delta)
+    if how.moments is not None:
+        return _as_cut(*cut_matrix(delta, how.aim, how.moments[name_of(site)]), weight2)
+    a, b, error2, norm2 = nearest(delta, how.aim)
     return _AsLora(a, b, error2, norm2, exact=False, weight2=weight2)
 
 
@@ -130,11 +142,37 @@ def _cut(form: tuple[Array, Array], aim: Aim, weight2: float | None) -> _AsLora:
         return _AsLora(a, b, 0.0, inner(form, form), exact=True, weight2=weight2)
     found = of_product(a, b)
     squares = np.square(found.s).reshape(-1, found.s.shape[-1]).sum(axis=0)
-    rank = len(squares) if aim.energy is None else max(1, rank_for(squares, aim.energy))
-    rank = min(rank, aim.rank or rank)
+    rank = _rank(squares, aim)
     lost = float(squares[rank:].sum())
     whole = float(squares.sum())
     return _AsLora(*found.factors(rank), lost, whole, exact=lost == 0, weight2=weight2)
+
+
+def _cut_weighed(
+    form: tuple[Array, Array], aim: Aim, moment: Moment, weight2: float | None
+) -> _AsLora:
+    """`_cut`, with energy and nearness counted in the module's outputs."""
+    product = Product(*form, moment)
+    rank = _rank(product.energy, aim)
+    made, plain = product.cut(rank), product.plain(rank)
+    if rank < min(len(product.energy), form[0].shape[-2]):
+        return _as_cut(made, plain, weight2)
+    whole = _cut(form, Aim(), weight2)
+    nothing_lost = replace(made, error2=0.0, output_error2=0.0)
+    return replace(whole, weighed=nothing_lost.outputs | nothing_lost.unweighted)
+
+
+def _as_cut(made: Cut, plain: Cut, weight2: float | None) -> _AsLora:
+    return _AsLora(
+        made.a, made.b, made.error2, made.norm2, exact=made.error2 == 0, weight2=weight2,
+        weighed=made.outputs | plain.unweighted,
+    )  # fmt: skip
+
+
+def _rank(squares: Array, aim: Aim) -> int:
+    """How many of the energies by rank [k] are aimed at."""
+    rank = len(squares) if aim.energy is None else max(1, rank_for(squares, aim.energy))
+    return min(rank, aim.rank or rank)
 
 
 def _as_matrix(how: Conversion, site: Site) -> Site:

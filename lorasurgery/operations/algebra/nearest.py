@@ -60,12 +60,17 @@ def nearest(delta: Array, aim: Aim) -> tuple[Array, Array, float, float]:
 
 
 def _factors(delta: Array, aim: Aim) -> tuple[Array, Array]:
+    found, rank = first(delta, aim)
+    return found.factors(rank)
+
+
+def first(delta: Array, aim: Aim) -> tuple[Svd, int]:
+    """The first triplets of a float32 [out, in], and how many of them are aimed at: 1 at least."""
     most = min(aim.rank or min(delta.shape), *delta.shape)
     if aim.energy is None:
-        found = of_matrix(delta, most, exact=aim.exact)
-        return found.factors(most)
+        return of_matrix(delta, most, exact=aim.exact), most
     found, rank = _with_energy(delta, most, aim.energy, exact=aim.exact)
-    return found.factors(max(1, rank))
+    return found, max(1, rank)
 
 
 def _with_energy(delta: Array, most: int, energy: float, *, exact: bool) -> tuple[Svd, int]:
