@@ -75,7 +75,7 @@ class Code:
     spills: int  # stores of registers to memory
     shared: int
     warps: int
-    matrix: str  # the instruction of the matrix units, or ''
+    matrix: str  # the instruction of the matrix units, or ''; tf32 and xf32 cut float32 to 10 bits
     wide: int  # bits of the widest load from memory, in the machine code
     packed: int  # bits of the narrowest load of codes that a thread makes, 0 without codes
     occupancy: float  # threads that a multiprocessor holds, over those that it could hold
@@ -170,9 +170,11 @@ def compiled(call: Call, chip: Chip) -> Code:
     spills = len(re.findall(r"\bSTL\b", code))
     # UTC*MMA is tcgen05's, HGMMA Hopper's wgmma, HMMA the one of a warp
     matrix = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
+    cut = "tf32" * bool(re.search(r"mma\S*tf32", done.asm["ptx"]))
     loads = [32, *map(int, re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", code))]
     share = _occupancy(registers, shared, warps, chip)
-    return Code(registers, spills, shared, warps, _most(matrix), max(loads), packed, share)
+    unit = f"{_most(matrix)} {cut}".strip()
+    return Code(registers, spills, shared, warps, unit, max(loads), packed, share)
 
 
 def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
@@ -181,10 +183,12 @@ def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
 
     loads = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
     matrix = re.findall(r"\bv_(mfma)_", text)
+    cut = "xf32" * bool(re.search(r"\bv_mfma_\w*xf32", text))
     spills = value("vgpr_spill_count")
     registers = value("vgpr_count")
     share = _occupancy(registers, shared, warps, chip)
-    return Code(registers, spills, shared, warps, _most(matrix), max([32, *loads]), packed, share)
+    unit = f"{_most(matrix)} {cut}".strip()
+    return Code(registers, spills, shared, warps, unit, max([32, *loads]), packed, share)
 
 
 def _occupancy(registers: int, shared: int, warps: int, chip: Chip) -> float:

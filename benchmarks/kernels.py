@@ -54,6 +54,7 @@ class Row:
     label: str
     chip: str
     constants: str
+    dtype: str  # of what comes first
     code: Code
     shared_limit: int
     bytes: int
@@ -121,8 +122,11 @@ def launches() -> Iterator[tuple[str, Launch]]:
     for m in (1, 16, SIZE):
         yield f"nf4_linear m={m} float32", partial(linear, m, full)
         yield f"nf4_linear m={m} crossing", partial(linear, m, half, size=SIZE + 32)
+        yield f"nf4_linear m={m} crossing float32", partial(linear, m, full, size=SIZE + 32)
+    yield "lora_linear gradient float32 nested", partial(backward, SIZE, full, RANK)
     for m in (64, SIZE):
         yield f"grouped_lora m={m}", partial(grouped, m, half)
+        yield f"grouped_lora m={m} float32", partial(grouped, m, full)
     yield "dora_output gradient", partial(scaled_backward, True)
     for name in simple():
         yield name, partial(plugins.load("kernels", name).launch, *layer(name))
@@ -170,8 +174,6 @@ def others() -> tuple[tuple[str, Launch], ...]:
         ]
     for m in (64, SIZE):
         found += [
-            (f"nf4_linear gradient m={m} float32", partial(backward, m, torch.float32, 0)),
-            (f"grouped_lora m={m} float32", partial(grouped, m, torch.float32)),
             (f"grouped_lora m={m} page=10", partial(grouped, m, half, page=10)),
         ]
     found.append(("dora_output gradient alone", partial(scaled_backward, False)))
@@ -218,7 +220,7 @@ def row(label: str, call: Call, chip: Chip, code: Code) -> Row:
             least, asked = least + size, asked + size * (1 if axis is None else grid[axis])
     seconds = max(least / chip.bandwidth, operations(function, given) / rate(given, chip))
     return Row(
-        call.name, label, chip.name, call.constants, code, chip.shared, int(least),
+        call.name, label, chip.name, call.constants, _first(given), code, chip.shared, int(least),
         asked / max(least, 1), seconds * 1e6,
     )  # fmt: skip
 
@@ -236,8 +238,12 @@ def operations(function: str, given: dict[str, Any]) -> float:
 
 def rate(given: dict[str, Any], chip: Chip) -> float:
     """Operations a second for the dtype of what is multiplied."""
-    first = next(v for v in given.values() if isinstance(v, Tensor))
-    return chip.simple_flops if first.dtype == torch.float32 else chip.flops
+    return chip.simple_flops if _first(given) == "float32" else chip.flops
+
+
+def _first(given: dict[str, Any]) -> str:
+    tensor = next(v for v in given.values() if isinstance(v, Tensor))
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def line(r: Row) -> str:
@@ -256,21 +262,32 @@ def main() -> None:
     parser.add_argument("--chip", choices=[c.name for c in CHIPS], help="only this one")
     parser.add_argument("--fresh", action="store_true", help="compile what is known too")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the codes are kept")
+    parser.add_argument(
+        "--known",
+        action="store_true",
+        help="compile nothing, print JSON, null for what is not known",
+    )
     options = parser.parse_args()
+    chips = [chip for chip in CHIPS if options.chip in (None, chip.name)]
     known = {} if options.fresh else read(options.output)
+    if options.known:
+        for chip in chips:
+            for label, call in calls(chip):
+                code = known.get(key(call, chip))
+                print(json.dumps(asdict(row(label, call, chip, code)) if code else None))
+        return
     print("| case | kernel | chip | constants | registers | spills | shared bytes | occupancy "
           "| matrix unit | bits a load of codes | bytes asked / least | computed µs, not measured |")  # fmt: skip
     print("|" + "---|" * 12)
     needed = set()
-    for chip in CHIPS:
-        if options.chip in (None, chip.name):
-            for label, call in calls(chip):
-                at = key(call, chip)
-                needed.add(at)
-                if at not in known:
-                    known[at] = compiled(call, chip)
-                    write(options.output, known)
-                print(line(row(label, call, chip, known[at])), flush=True)
+    for chip in chips:
+        for label, call in calls(chip):
+            at = key(call, chip)
+            needed.add(at)
+            if at not in known:
+                known[at] = compiled(call, chip)
+                write(options.output, known)
+            print(line(row(label, call, chip, known[at])), flush=True)
     if options.chip is None:
         write(options.output, {at: code for at, code in known.items() if at in needed})
 

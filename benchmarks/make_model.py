@@ -1,4 +1,4 @@
-"""A Llama of a given size with seeded Gaussian weights in bfloat16, written tensor by tensor."""
+"""A Llama of a given size with seeded Gaussian weights in bfloat16, written tensor by tensor; or it, fine-tuned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from lorasurgery.arrays import Array
+
 CHUNK = 1 << 22  # elements drawn at a time
+TUNED = 64  # the rank of what fine-tuning adds to a linear layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Shape:
 
 SHAPES = {
     "llama-1b": Shape(2048, 16, 32, 8, 8192, 128256),  # Llama-3.2-1B: 1.24 B parameters
+    # two layers of it, for peers that need a whole SVD of each weight: 0.19 B parameters
+    "llama-1b-part": Shape(2048, 2, 32, 8, 8192, 32000),
     "toy": Shape(128, 2, 4, 2, 320, 512),
 }
 
@@ -91,7 +96,26 @@ def header(found: dict[str, tuple[int, ...]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def make(shape: Shape, output: Path) -> None:
+def change(name: str, size: tuple[int, int]) -> tuple[Array, Array]:
+    """A [64, in] and B [out, 64] whose singular values fall slowly; B A is 1 % of a weight."""
+    rng = np.random.default_rng(zlib.crc32(f"{name} tuned".encode()))
+    a = rng.standard_normal((TUNED, size[1]), dtype=np.float32)
+    b = rng.standard_normal((size[0], TUNED), dtype=np.float32)
+    falling = (1 + np.arange(TUNED, dtype=np.float32)) ** np.float32(-0.5)
+    return a, b * falling * np.float32(1e-4)
+
+
+def _add(drawn: Array, start: int, factors: tuple[Array, Array]) -> Array:
+    """To some whole rows, as a base holds them in bfloat16, their part of B A."""
+    a, b = factors
+    columns = a.shape[1]
+    rows = slice(start // columns, (start + len(drawn)) // columns)
+    base = drawn.astype(ml_dtypes.bfloat16).astype(np.float32)
+    total: Array = base + (b[rows] @ a).reshape(-1)
+    return total
+
+
+def make(shape: Shape, output: Path, *, tuned: bool = False) -> None:
     """Weights ~ N(0, 0.02²), norms ~ N(1, 0.1²); the same bytes whenever it is run."""
     output.mkdir(parents=True, exist_ok=True)
     found = tensors(shape)
@@ -102,9 +126,14 @@ def make(shape: Shape, output: Path) -> None:
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             mean, deviation = (1.0, 0.1) if len(size) == 1 else (0.0, 0.02)
             count = int(np.prod(size))
+            linear = linears(shape).get(name.removesuffix(".weight")) if tuned else None
+            factors = change(name, linear) if linear else None
             for start in range(0, count, CHUNK):
                 drawn = rng.standard_normal(min(CHUNK, count - start), dtype=np.float32)
-                file.write((drawn * deviation + mean).astype(ml_dtypes.bfloat16).tobytes())
+                drawn = drawn * np.float32(deviation) + np.float32(mean)
+                if factors:
+                    drawn = _add(drawn, start, factors)
+                file.write(drawn.astype(ml_dtypes.bfloat16).tobytes())
     (output / "config.json").write_text(json.dumps(config(shape), indent=2) + "\n")
     part.replace(output / "model.safetensors")
 
@@ -113,8 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--tuned", action="store_true", help="the same model after fine-tuning")
     options = parser.parse_args()
-    make(SHAPES[options.shape], options.output)
+    make(SHAPES[options.shape], options.output, tuned=options.tuned)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# what pip installs has its bytecode beside it, and so has what was run once, unless this forbids it
+BYTECODE = "PYTHONDONTWRITEBYTECODE"
 # ru_maxrss is in KiB, on a Mac in bytes
 MIB = 1 << 20 if sys.platform == "darwin" else 1 << 10
 
@@ -43,8 +45,9 @@ class CommandError(RuntimeError):
 def run(command: Sequence[str | Path], codes: tuple[int, ...] = (0,)) -> Run:
     """Raises CommandError, with the end of what the command said, for any other exit code."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        env = {k: v for k, v in {**os.environ, **OFFLINE}.items() if k != BYTECODE}
         started = time.perf_counter()
-        child = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **OFFLINE})
+        child = subprocess.Popen(command, stdout=out, stderr=err, env=env)
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lorasurgery.layouts import EXPERTS, RENAMES
 from lorasurgery.plugins import suggestion
+from lorasurgery.unet_names import diffusers_name
 
 _Rename = Callable[[str], str]
 
@@ -102,6 +103,7 @@ class Names:
             _as_it_is,
             *(_without(f"{head}.") for head in heads),
             *(_with(f"{top}.") for top in self._tops),
+            *(_in_diffusers(f"{head}.") for head in heads),
             *(_by(pattern, by) for pattern, by in RENAMES),
         ]
 
@@ -124,6 +126,10 @@ def _as_it_is(name: str) -> str:
 
 def _without(prefix: str) -> _Rename:
     return lambda name: name.removeprefix(prefix)
+
+
+def _in_diffusers(prefix: str) -> _Rename:
+    return lambda name: diffusers_name(name.removeprefix(prefix))
 
 
 def _with(prefix: str) -> _Rename:

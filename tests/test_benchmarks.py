@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_rows
 from benchmarks.rows import ROWS
+from lorasurgery.operations.diagnosis import self_test
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,8 +48,12 @@ def test_the_gpu_s_table_and_record_say_what_was_measured():
         "| linear | ours | 2.0 |  |",
         "|  | peer | 5.0 | 2.5 |",
     ]
-    found = gpu.record(rows, "NVIDIA Made-up")
+    tested = self_test.SelfTest(
+        "NVIDIA Made-up", (self_test.Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),)
+    )
+    found = gpu.record(rows, "NVIDIA Made-up", tested)
     assert found["device"] == "NVIDIA Made-up"
+    assert found["self_test"]["kernels"][0]["cases"] == 3
     assert found["rows"][0]["sides"][1] == {"name": "peer", "seconds": [5e-6]}
 
 
@@ -59,3 +64,15 @@ def test_the_gpu_s_benchmark_refuses_to_time_what_is_wrong():
         gpu.check({"ours": lambda: x * 1.1, "plain": lambda: x}, "linear")
     with pytest.raises(AssertionError, match=r"^linear: ours \[2\]$"):
         gpu.check({"ours": lambda: x[:2], "plain": lambda: x}, "linear")
+
+
+SMALL = gpu_rows.benches(256, (1, 16, 33, 65))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_sides_of_each_gpu_row_agree_on_a_processor_too(name):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.no_grad():
+        sides = SMALL[name](gpu_rows.layer(256, device))
+        assert len(sides) > 1
+        gpu.check(sides, name)

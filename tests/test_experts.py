@@ -186,6 +186,26 @@ def test_experts_of_other_sizes_than_the_bases_are_refused(model):
     )
 
 
+def test_what_is_no_lora_of_all_experts_is_not_taken_apart(model):
+    dora = replace(stack(), config=AdapterConfig("dora", 2, 6.0))
+    assert refused(single, [dora], model) == (
+        f"{AT}.gate_up_proj is a dora of a stack of 3 experts, and what can be taken apart is a lora of the base's "
+        "3. Leave --experts out."
+    )
+
+
+def test_each_stack_is_read_once_however_many_its_experts_are(model):
+    read = []
+
+    def counting(of: Site) -> Site:
+        return replace(of, load=lambda: read.append(of.parameter) or of.load())
+
+    made = adapter([counting(stack()), counting(stack("down_proj"))])
+    for one in single(made, model).adapter.sites:
+        one.load()
+    assert read == ["gate_up_proj", "down_proj"]
+
+
 def test_a_stack_becomes_no_variant_of_one_matrix_unless_it_is_taken_apart(model, tmp_path):
     source, out = tmp_path / "it", tmp_path / "out"
     source.mkdir()

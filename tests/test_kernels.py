@@ -14,6 +14,7 @@ from lorasurgery import plugins
 from lorasurgery.arrays import from_torch
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import (
+    adalora_budget,
     adalora_importance,
     dora_merge,
     dora_norm,
@@ -38,7 +39,7 @@ EVERY = plugins.names("kernels")
 # the sums of the others have no fixed order: test_kernels_matrix.py
 KERNELS = [n for n in EVERY if not hasattr(plugins.load("kernels", n), "tolerance")]
 LAUNCHED = [
-    "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
+    "adalora_budget", "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
     "lora_merge", "nf4_dequantize", "nf4_merge", "nf4_quantize",
 ]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
@@ -163,6 +164,11 @@ F4, U1, BF = np.float32, np.uint8, np.dtype(ml_dtypes.bfloat16)
         (
             lambda: lora_merge.run(torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(4, 2), torch.int8),
             "lora_merge: int8 is not one of bfloat16, float16, float32. Convert the weight first.",
+        ),
+        (
+            lambda: adalora_budget.run(*[np.zeros(4, F4)] * 3, np.zeros(3, BF), -1),
+            "adalora_budget: E and scores are [[4], [4], [4], [3]] of bfloat16, float32 with a budget "
+            "of -1, but four flat float32 of one size and at least 0 are needed. Convert them.",
         ),
         (
             lambda: adalora_importance.run(*[np.zeros((4, 7), F4)] * 3, np.zeros((4, 6), F4), 1),

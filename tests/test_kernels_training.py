@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasurgery.kernels import adalora_importance, lora_adamw
+from lorasurgery.kernels import adalora_budget, adalora_importance, lora_adamw
 from lorasurgery.kernels.lora_adamw import Rates
 
 
@@ -73,3 +73,16 @@ def test_a_budget_keeps_the_highest_scores_and_ties_go_together(data):
     assert adalora_importance.kept(scores, 4).tolist() == [True, False, True, False, True]
     assert adalora_importance.kept(scores, 5).tolist() == [True] * 5
     assert adalora_importance.kept(scores, 0).tolist() == [False] * 5
+
+
+def test_a_budget_masks_e_by_the_sum_of_three_scores():
+    e = np.array([1, 2, 3, 4, 5], np.float32)
+    of_e, of_a = (
+        np.array([0.5, 0, 0, 0.1, 0], np.float32),
+        np.array([0, 0.1, 0.2, 0, 0.4], np.float32),
+    )
+    of_b = np.array([0, 0, 0.2, 0, 0.5], np.float32)
+    masked, keep = adalora_budget.run(e, of_e, of_a, of_b, 3)
+    assert keep.tolist() == [True, False, True, False, True]
+    assert masked.tolist() == [1, 0, 3, 0, 5]
+    assert adalora_importance.kept(of_e + of_a + of_b, 3).tolist() == keep.tolist()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
+import torch
 from handmade import adapter, delta, lora, numbers, site
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -172,7 +173,34 @@ PROBLEMS = {
         "other_q.lora_down.weight begins with none of lora_unet_, lora_te1_, lora_te2_, lora_te3_, lora_te_, "
         "lora_transformer_, lycoris_",
     ),
-    "a strange end": ({f"{AT}.diff": numbers((6, 8))}, f"{AT}.diff F32 [6, 8] is no factor that is known"),
+    "a strange end": ({f"{AT}.gain": numbers((6, 8))}, f"{AT}.gain F32 [6, 8] is no factor that is known"),
+    "half a glora": (
+        {f"{AT}.a1.weight": numbers((8, 3)), f"{AT}.a2.weight": numbers((3, 8))},
+        f"{AT}.a1.weight stands alone: b1.weight of unet.mid_block_to_q is missing",
+    ),
+    "a glora of two ranks": (
+        {
+            f"{AT}.a1.weight": numbers((8, 3)), f"{AT}.a2.weight": numbers((3, 8)),
+            f"{AT}.b1.weight": numbers((6, 2)), f"{AT}.b2.weight": numbers((3, 8)),
+        },
+        "unet.mid_block_to_q: a1.weight [8, 3], a2.weight [3, 8], b1.weight [6, 2], b2.weight [3, 8] are no "
+        "factors of one glora",
+    ),
+    "blocks that are not square": (
+        {f"{AT}.oft_blocks": numbers((2, 3, 4))},
+        "unet.mid_block_to_q: oft_blocks [2, 3, 4] are no factors of one diag_oft",
+    ),
+    "scales without a side": (
+        {f"{AT}.weight": numbers((6,))}, f"{AT}.weight stands alone: on_input of unet.mid_block_to_q is missing",
+    ),
+    "magnitudes of neither axis of a loha": (
+        {
+            f"{AT}.hada_w1_a": numbers((6, 3)), f"{AT}.hada_w1_b": numbers((3, 8)),
+            f"{AT}.hada_w2_a": numbers((6, 3)), f"{AT}.hada_w2_b": numbers((3, 8)),
+            f"{AT}.dora_scale": numbers((5, 1)),
+        },
+        "unet.mid_block_to_q: magnitudes [5, 1] are neither of the rows nor of the columns of [6, 8]",
+    ),
     "a factor alone": (
         {f"{AT}.lora_up.weight": numbers((6, 3))},
         f"{AT}.lora_up.weight stands alone: A (down) of unet.mid_block_to_q is missing",
@@ -219,21 +247,59 @@ def test_what_is_not_understood_is_a_problem_by_its_name(tmp_path, case):
     assert [s.module for s in found.sites] == ["unet.other_1"]
 
 
-def test_magnitudes_beside_a_loha_are_refused(tmp_path):
-    ends = {
-        "hada_w1_a": (6, 3),
-        "hada_w1_b": (3, 8),
-        "hada_w2_a": (6, 3),
-        "hada_w2_b": (3, 8),
-        "dora_scale": (6, 1),
-    }
+HADA = {"hada_w1_a": (6, 3), "hada_w1_b": (3, 8), "hada_w2_a": (6, 3), "hada_w2_b": (3, 8)}
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (
+            {**HADA, "lora_mid.weight": (3, 3)},
+            f"{AT}.lora_mid.weight: stands beside factors of a loha, and nobody here knows what the two mean "
+            "together. Merge it with LyCORIS.",
+        ),
+        (
+            {"diff": (6, 8), "dora_scale": (6, 1)},
+            f"{AT}.dora_scale: stands beside {AT}.diff, and nobody here knows what the two mean together. "
+            "Merge it with LyCORIS.",
+        ),
+        (
+            {"oft_blocks": (2, 3, 2, 2)},
+            f"{AT}.oft_blocks: [2, 3, 2, 2] is a BOFT of LyCORIS, whose blocks are mixed in between. Merge it "
+            "with LyCORIS.",
+        ),
+    ],
+    ids=["a loha", "a difference", "a BOFT"],
+)
+def test_what_nobody_knows_together_is_refused(tmp_path, ends, message):
     file = saved(tmp_path / "x.safetensors", {f"{AT}.{e}": numbers(s) for e, s in ends.items()})
     with pytest.raises(MatchError) as error:
         kohya.read(file)
-    assert str(error.value) == (
-        f"{AT}.dora_scale: stands beside factors of a loha, and nobody here knows what the two mean "
-        "together. Merge it with LyCORIS."
-    )
+    assert str(error.value) == message
+
+
+def test_differences_of_weights_biases_and_norms_are_merged_and_written_as_they_were(tmp_path):
+    base = small.base(tmp_path / "base", torch.float32)
+    q, norm = "model.layers.0.self_attn.q_proj", "model.layers.1.input_layernorm"
+    added = {
+        f"{q}.weight": numbers((small.HIDDEN, small.HIDDEN)), f"{q}.bias": numbers((small.HIDDEN,), 1),
+        f"{norm}.weight": numbers((small.HIDDEN,), 2),
+    }  # fmt: skip
+    ends = dict(zip(added, ("diff", "diff_b", "w_norm"), strict=True))
+    held = {
+        f"lycoris_{n.rpartition('.')[0].replace('.', '_')}.{ends[n]}": t for n, t in added.items()
+    }
+    file, out = saved(tmp_path / "x.safetensors", held), tmp_path / "out"
+    done = CliRunner().invoke(app, ["merge", str(base), str(file), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    before, after = (load_file(d / "model.safetensors") for d in (base, out))
+    for name, w in before.items():
+        np.testing.assert_array_equal(after[name], w + added.get(name, np.float32(0)))
+    kohya.write(kohya.read(file), tmp_path)
+    again = load_file(tmp_path / "lora.safetensors")
+    assert again.keys() == held.keys()
+    for name, tensor in held.items():
+        np.testing.assert_array_equal(again[name], tensor)
 
 
 def test_an_alpha_that_is_no_number_is_refused(tmp_path):
@@ -278,9 +344,9 @@ def test_joined_names_are_for_no_other_dialect(tmp_path):
 
 
 def test_problems_may_be_left_out_by_pattern(tmp_path):
-    found = kohya.read(saved(tmp_path / "x.safetensors", {**pair(), f"{AT}.diff_b": numbers((6,))}))
-    left = refuse(found.path, found.problems, ["*.diff_b"])
-    assert [p.name for p in left] == [f"{AT}.diff_b"]
+    found = kohya.read(saved(tmp_path / "x.safetensors", {**pair(), f"{AT}.gain": numbers((6,))}))
+    left = refuse(found.path, found.problems, ["*.gain"])
+    assert [p.name for p in left] == [f"{AT}.gain"]
     assert json.dumps(found.settings) == '{"metadata": {}}'
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from merge_files import IN, OUT, PREFIX, Arrays, Q, V, adapter, array, make_base, refused, surgery
+from safetensors.numpy import save_file
 
-from lorasurgery.dialects import peft
+from lorasurgery.adapters import peft_bridge
+from lorasurgery.dialects import kohya, peft
+from lorasurgery.errors import FormatError, MatchError
 
 RANK = 3
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": None}
@@ -157,4 +162,62 @@ def test_a_module_without_a_bias_is_scaled_all_the_same(base: Path) -> None:
         np.testing.assert_allclose(after[name], before[name] * array(OUT, 1), rtol=1e-6)
     np.testing.assert_allclose(
         after[f"{V}.bias"], before[f"{V}.bias"] * array(OUT, 1)[:, 0], rtol=1e-6
+    )
+
+
+UNILORA = {"peft_type": "UNILORA", "r": 2, "theta_d_length": 9, "lora_alpha": None}
+THETA = {"base_model.unilora_theta_d": array(9)}
+FROD = {"peft_type": "FROD", "save_projection": False, "lora_alpha": None, "r": None}
+PVERA = {"peft_type": "PVERA", "r": 2, "save_projection": False, "lora_alpha": None}
+
+
+def test_what_is_drawn_for_a_whole_model_needs_its_architecture(base: Path) -> None:
+    path = adapter(base.parent / "a", THETA, UNILORA)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert refused(base, path) == (
+        "config.json: architectures None names no model of transformers, whose modules' order tells what "
+        "was drawn for each. Restore the base's config.json."
+    )
+
+
+def test_projections_of_frod_are_stored_or_refused(base: Path) -> None:
+    path = adapter(base.parent / "a", {f"{PREFIX}{Q}.frod_lambda_l": array(IN)}, FROD)
+    assert refused(base, path) == (
+        f"{path}: save_projection is false: frod_V is made of the base's weights of all layers at once. Save "
+        "it with its projections."
+    )
+
+
+def test_projections_that_are_drawn_need_every_module(base: Path) -> None:
+    other = Q.replace("layers.0", "layers.7")
+    tensors = {f"{PREFIX}{other}.pvera_lambda_b": array(OUT)}
+    path = adapter(base.parent / "a", tensors, PVERA)
+    assert refused(base, path) == (
+        f"{path}: its projections are drawn for the widest module, and the base has no {other}. Name a base "
+        "that has all of its modules."
+    )
+
+
+def test_without_its_base_an_adapter_that_needs_one_says_so(base: Path) -> None:
+    tensors = {f"{PREFIX}{Q}.pvera_lambda_b": array(OUT)}
+    path = adapter(base.parent / "a", tensors, PVERA)
+    (site,) = peft.read(path).sites
+    with pytest.raises(MatchError) as error:
+        peft_bridge.delta(array(OUT, IN), site.load(), site.config)
+    assert str(error.value) == (
+        f"{path}: its projections are drawn for the widest module, which only the base tells. Name the base."
+    )
+
+
+def test_scales_that_leave_a_bias_are_no_ia3_of_pefts(base: Path) -> None:
+    joined = Q.replace(".", "_")
+    held = {f"lycoris_{joined}.weight": array(OUT), f"lycoris_{joined}.on_input": np.float32(0)}
+    save_file({n: np.asarray(t) for n, t in held.items()}, base.parent / "x.safetensors")
+    found = replace(kohya.read(base.parent / "x.safetensors"), dialect="surgery")
+    with pytest.raises(FormatError) as error:
+        peft.write(found, base.parent)
+    assert str(error.value) == (
+        f"{found.path}: {joined} is scaled without its bias, and PEFT's IA3 scales both. Merge it, or write "
+        "kohya."
     )

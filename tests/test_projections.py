@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from algebra import cli, deltas, facts, fails, write_lora
-from handmade import adapter, lora, numbers
+from handmade import adapter, lora, numbers, site
 from handmade import delta as delta_of
 from safetensors.numpy import load_file, save_file
 
+from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, AdapterConfig, Site
 from lorasurgery.dialects import peft
 from lorasurgery.errors import MatchError
 from lorasurgery.operations.layouts.fused_rows import by_name, rows
 from lorasurgery.operations.layouts.projections_fused import fuse
-from lorasurgery.operations.layouts.projections_split import split
+from lorasurgery.operations.layouts.projections_split import _BY_ROWS, split
 from lorasurgery.tensors import TensorInfo
 
 HIDDEN, WIDE, HEADS, KV, HEAD = 24, 20, 4, 2, 6
@@ -215,6 +216,27 @@ def test_doras_are_fused_with_their_magnitudes_row_by_row():
     )
 
 
+@pytest.mark.parametrize("variant", _BY_ROWS)
+def test_a_part_changes_its_rows_as_the_whole_does(variant):
+    """The law behind it: of every variant that is split, ΔW of some rows is made of these rows alone."""
+    module = plugins.load("adapters", variant)
+    config = AdapterConfig(variant, 3, 7.0)
+    shapes = module.shapes(Q + 2 * K, HIDDEN, config)
+    factors = {n: 1 + numbers(shape, i) for i, (n, shape) in enumerate(shapes.items())}
+    whole = site("m.qkv_proj", config, factors)
+    w = numbers((Q + 2 * K, HIDDEN), 9)
+    parts = split(adapter([whole]), PHI).adapter.sites
+    rows_of = np.split(w, [Q, Q + K])
+    found = [
+        module.delta(rows, part.load(), part.config)
+        for rows, part in zip(rows_of, parts, strict=True)
+    ]
+    # a product of more rows may be summed in another order
+    np.testing.assert_allclose(
+        np.concatenate(found), module.delta(w, factors, config), rtol=1e-5, atol=1e-4
+    )
+
+
 ORDERS = {
     # one group for each head, with its q, k and v
     "gpt_neox": ({"num_attention_heads": 2, "hidden_size": 6}, "q0 q1 q2 k0 k1 k2 v0 v1 v2 q3 q4 q5 k3 k4 k5 v3 v4 v5"),
@@ -232,28 +254,28 @@ def test_rows_that_are_interleaved_by_head_are_dealt_out_in_order(kind):
     config = {"model_type": kind, **config}
     order = said.split()
     a, b = numbers((2, 6)), numbers((len(order), 2), 1)
-    site = replace(
+    whole = replace(
         lora("h.query_key_value", len(order), 6),
         config=AdapterConfig("lora", 2, 5.0),
         factors={n: TensorInfo(n, "F32", f.shape) for n, f in (("A", a), ("B", b))},
         load=lambda: {"A": a, "B": b},
     )
-    made = split(adapter([site]), config).adapter
+    made = split(adapter([whole]), config).adapter
     for part in made.sites:
         letter = part.module[2]
         wanted = [b[order.index(f"{letter}{i}")] for i in range(sum(n[0] == letter for n in order))]
         np.testing.assert_array_equal(part.load()["B"], wanted)
     (again,) = fuse(made, config).adapter.sites
-    assert again.module == site.module
+    assert again.module == whole.module
     np.testing.assert_array_equal(again.load()["B"], b)
 
 
 def test_biases_and_whole_tensors_go_along():
-    site = lora("m.qkv_proj", Q + 2 * K, HIDDEN)
+    whole = lora("m.qkv_proj", Q + 2 * K, HIDDEN)
     bias, added = numbers((Q + 2 * K,), 7), numbers((Q + 2 * K,), 8)
     info = TensorInfo("m.qkv_proj.bias", "F32", bias.shape)
     made = adapter(
-        [site], replaced={info.name: info}, added={info.name: info},
+        [whole], replaced={info.name: info}, added={info.name: info},
         load={info.name: bias}.__getitem__, load_added={info.name: added}.__getitem__,
     )  # fmt: skip
     apart = split(made, PHI).adapter
@@ -327,6 +349,14 @@ def test_what_cannot_be_fused_is_refused_in_one_line():
         "none of its modules is a part of a projection whose rows are known (q_proj, k_proj, v_proj, gate_proj, "
         "up_proj). Check --base, or leave --projections out."
     )
+
+
+def test_a_bias_that_is_adapted_by_itself_would_be_left_behind():
+    for work, name in ((split, "qkv_proj"), (fuse, "q_proj")):
+        bias = replace(lora(f"m.{name}", Q, 1), parameter="bias")
+        assert refused(work, adapter([bias]), PHI) == (
+            f"m.{name}.bias is adapted by itself, and matrices alone change their layout. Merge it."
+        )
 
 
 def test_a_flag_that_is_no_layout_is_answered_with_the_nearest(tmp_path):

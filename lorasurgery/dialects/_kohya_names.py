@@ -1,7 +1,8 @@
 """kohya's module names: a prefix for the part of the pipeline, and the path with `_` for `.`.
 
 Which `_` was a `.` only a model's own names tell (naming.py compares them so); until then a module is
-called by its part, a dot, and the joined path: `unet.down_blocks_0_attentions_1_proj_in`.
+called by its part, a dot, and the joined path: `unet.down_blocks_0_attentions_1_proj_in`. kohya's files of SDXL have
+Stability's names, `unet.input_blocks_2_1_proj_in`, and keep them here; naming.py knows both (unet_names.py).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import AdapterConfig, Site
@@ -70,6 +71,32 @@ def site(
         return {n: f.T.copy() if sideways(variant, n, roles) else f for n, f in found.items()}
 
     return Site(module, "weight", "linear", config, facts, load, kernel, sides=sides)
+
+
+def decomposed(source: Checkpoint, plain: Site, key: str) -> Site | Problem:
+    """The same change under DoRA's gain, by the magnitudes in `key`: [out, 1, ...] or [1, channels, ...]."""
+    info, (out, in_) = source.info(key), plain.sides
+    rows = info.shape == (out, *(1 for _ in info.shape[1:]))
+    # a convolution's flat factors do not tell its kernel
+    channels = in_ if len(info.shape) == 2 else info.numel
+    columns = info.shape[:2] == (1, channels) and not (in_ or 0) % max(1, info.numel)
+    if len(info.shape) < 2 or not (rows or columns):
+        return Problem(
+            key,
+            f"{plain.module}: magnitudes {list(info.shape)} are neither of the rows nor of the columns of "
+            f"[{out}, {in_}]",
+        )
+    shape = (info.numel, 1) if rows else (1, info.numel)
+
+    def load() -> dict[str, Array]:
+        import numpy as np
+
+        return {**plain.load(), "m": source.read(key).astype(np.float32).reshape(shape)}
+
+    extra = {**plain.config.extra, "of": plain.config.variant, "dimensions": len(info.shape)}
+    config = replace(plain.config, variant="decomposed", extra=extra)
+    facts = {**plain.factors, "m": TensorInfo(key, "F32", shape)}
+    return replace(plain, config=config, factors=facts, load=load)
 
 
 def sideways(variant: str, name: str, names: Mapping[str, object]) -> bool:

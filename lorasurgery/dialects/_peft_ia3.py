@@ -16,6 +16,7 @@ from lorasurgery.adapter import Adapter, AdapterConfig, Site
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.dialects import _peft_form_read as form
 from lorasurgery.dialects import _peft_form_write as writing
+from lorasurgery.errors import FormatError
 from lorasurgery.problems import Problem
 from lorasurgery.tensors import TensorInfo
 
@@ -57,7 +58,13 @@ def read(path: Path, config: Mapping[str, Any], source: Checkpoint) -> Adapter:
 
 
 def write(adapter: Adapter, folder: Path) -> None:
-    """As peft.Form asks."""
+    """As peft.Form asks. Raises FormatError for LyCORIS' IA3, which leaves biases as they are."""
+    for site in adapter.sites:
+        if site.config.extra.get("bias_kept") and not site.config.extra.get("feedforward"):
+            raise FormatError(
+                f"{adapter.path}: {site.module} is scaled without its bias, and PEFT's IA3 scales both. "
+                "Merge it, or write kohya."
+            )
     inner = {site.module for site in adapter.sites if site.config.extra.get("feedforward")}
     turned = any(site.fan_in_fan_out for site in adapter.sites)
     fields = {"feedforward_modules": sorted(inner), "fan_in_fan_out": turned}

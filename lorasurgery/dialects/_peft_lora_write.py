@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Stored: TypeAlias = tuple[TensorInfo, Callable[[], "Array"]]
 
 PREFIX = "base_model.model."
+_EXPERT = re.compile(r"^.*\.experts\.\d+\.(\w+)$")
 # fields that follow from the sites; the others are carried along from where the adapter came
 _DERIVED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
@@ -93,13 +95,18 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "use_dora": any("m" in site.factors for site in adapter.sites),
         "rank_pattern": {f"^{n}": r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{n}": _plain(a) for n, a in alphas.items() if a != alpha},
-        "target_modules": [n for n, s in names.items() if not _by_parameter(s)] or None,
+        "target_modules": _targets([n for n, s in names.items() if not _by_parameter(s)]) or None,
         "target_parameters": [n for n, s in names.items() if _by_parameter(s)] or None,
         "modules_to_save": owners(adapter) or None,
         "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
         "lora_bias": bool(adapter.added),
         "init_lora_weights": next(iter(variants & set(lora.STARTS)), True),
     }
+
+
+def _targets(modules: Sequence[str]) -> list[str]:
+    """Whole paths; of an expert's matrix the last name, which PEFT knows in models that stack them."""
+    return list(dict.fromkeys(_EXPERT.sub(r"\1", module) for module in modules))
 
 
 def _tensors(adapter: Adapter) -> Iterator[tuple[str, Stored]]:

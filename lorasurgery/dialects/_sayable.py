@@ -9,10 +9,15 @@ from lorasurgery.errors import FormatError
 
 
 def check(
-    adapter: Adapter, dialect: str, variants: Sequence[str], layouts: Sequence[str] = ("linear",)
-) -> None:
-    """Raise FormatError if the adapter holds more than weights of these variants and layouts."""
+    adapter: Adapter, dialect: str, variants: Sequence[str], layouts: Sequence[str] = ("linear",),
+    *, added: bool = False,
+) -> None:  # fmt: skip
+    """Raise FormatError if the adapter holds more than weights of these variants and layouts.
+
+    added: vectors that are added can be said.
+    """
     found = list(_unsayable(adapter, variants, layouts))
+    found += [f"{name} is added" for name in adapter.added if not added]
     if found:
         more = f" ({len(found) - 1} more like it)" if found[1:] else ""
         raise FormatError(
@@ -40,8 +45,6 @@ def _unsayable(adapter: Adapter, variants: Sequence[str], layouts: Sequence[str]
             yield f"{site.module}.{site.parameter} is adapted, which is no weight"
     for name in adapter.replaced:
         yield f"{name} is replaced as a whole"
-    for name in adapter.added:
-        yield f"{name} is added"
 
 
 def _article(layout: str) -> str:

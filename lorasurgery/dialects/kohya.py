@@ -1,4 +1,4 @@
-"""kohya's and LyCORIS' single safetensors file: LoRA (LoCon), DoRA, LoHa, LoKr of linear layers and convolutions.
+"""kohya's and LyCORIS' single safetensors file: LoRA (LoCon), DoRA, LoHa, LoKr and others (see _kohya_others.py).
 
 Keys are a module's joined name (see _kohya_names.py) + `.lora_down.weight` [r, in, *kernel], `.lora_up.weight`
 [out, r, 1, 1], `.lora_mid.weight` [r, r, *kernel], `.dora_scale` [out, 1, ...] or [1, in, ...], `.hada_*`,
@@ -11,24 +11,32 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import Adapter, AdapterConfig, Site
 from lorasurgery.checkpoint import Checkpoint
-from lorasurgery.dialects import _kohya_names, _kohya_products, _kohya_write, _one_file, _pair
+from lorasurgery.dialects import (
+    _kohya_names,
+    _kohya_others,
+    _kohya_products,
+    _kohya_write,
+    _one_file,
+    _pair,
+)
+from lorasurgery.dialects import _peft_form_read as form
 from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.problems import Problem
+from lorasurgery.tensors import TensorInfo
 
-if TYPE_CHECKING:
-    pass
-
-VARIANTS = ("lora", "dora", "loha", "lokr")
+VARIANTS = ("lora", "dora", "loha", "lokr", "decomposed", "diag_oft", "glora", "ia3")
 
 _PAIR = {
     "lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "core", "dora_scale": "m",
     "alpha": "alpha",
 }  # fmt: skip
-_ENDS = {*_PAIR, *(end for ends in _kohya_products.FACTORS.values() for end in ends)}
+# what stands beside the factors of a LoHa or LoKr
+_BESIDE = {"alpha", "dora_scale"}
+_FORMS = (*_kohya_products.FACTORS.values(), *_kohya_others.FORMS.values())
+_ENDS = {*_PAIR, *_kohya_others.ADDED, *(end for ends in _FORMS for end in ends)}
 
 
 def detect(path: Path) -> bool:
@@ -44,8 +52,14 @@ def read(path: Path) -> Adapter:
     """The adapter's sites; headers and alphas are read, factors when a site loads."""
     source = _one_file.opened(path, ".safetensors")
     modules, problems = _sort(source)
-    sites = []
-    for name, ends in modules.items():
+    sites, added = [], {}
+    for name, all_ends in modules.items():
+        module = _kohya_names.module_of(name)
+        ends = {end: key for end, key in all_ends.items() if end not in _kohya_others.ADDED}
+        for end in all_ends.keys() - ends.keys():
+            added[f"{module}.{_kohya_others.ADDED[end]}"] = all_ends[end]
+        if not ends:
+            continue
         found = _site(source, name, ends)
         if isinstance(found, Problem):
             problems.append(found)
@@ -60,9 +74,9 @@ def read(path: Path) -> Adapter:
         base=source.metadata.get("ss_sd_model_name"),
         sites=tuple(sites),
         replaced={},
-        added={},
+        added={n: TensorInfo(n, "F32", source.info(key).shape) for n, key in sorted(added.items())},
         load=_one_file.nothing,
-        load_added=_one_file.nothing,
+        load_added=lambda name: form.loaded(source, added[name]),
         settings=settings,
         problems=tuple(problems),
     )
@@ -95,18 +109,24 @@ def _sort(source: Checkpoint) -> tuple[dict[str, dict[str, str]], list[Problem]]
 def _site(source: Checkpoint, name: str, ends: Mapping[str, str]) -> Site | Problem:
     module = _kohya_names.module_of(name)
     assert module is not None
+    other = _kohya_others.site(source, module, ends, lambda rank: _alpha(source, ends, rank))
+    if other is not None:
+        return other
     for variant, factors in _kohya_products.FACTORS.items():
         roles = {factors[end]: key for end, key in ends.items() if end in factors}
-        if roles and len(roles) < len(ends.keys() - {"alpha"}):
-            strange = min(end for end in ends if end not in factors and end != "alpha")
+        if roles and len(roles) < len(ends.keys() - _BESIDE):
+            strange = min(end for end in ends if end not in factors and end not in _BESIDE)
             raise MatchError(
                 f"{ends[strange]}: stands beside factors of a {variant}, and nobody here knows what "
                 "the two mean together. Merge it with LyCORIS."
             )
         if roles:
-            return _kohya_products.site(
+            plain = _kohya_products.site(
                 source, module, variant, roles, lambda rank: _alpha(source, ends, rank)
             )
+            if isinstance(plain, Problem) or "dora_scale" not in ends:
+                return plain
+            return _kohya_products.decomposed(source, plain, ends["dora_scale"])
     roles = {_PAIR[end]: key for end, key in ends.items() if end != "alpha"}
     if not roles:
         return Problem(ends["alpha"], f"{ends['alpha']} stands alone: {name} has no factors")

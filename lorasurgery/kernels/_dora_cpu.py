@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lorasurgery.kernels._floats import load, nearest
-from lorasurgery.kernels._lora_cpu import CHUNK, _take, _two_rows
+from lorasurgery.kernels._lora_cpu import CHUNK, _four_rows, _take
 from lorasurgery.kernels._numba import inner, jit
 
 LANES = 64  # running sums
@@ -19,15 +19,15 @@ f4, f8 = np.float32, np.float64
 def row_norms(w: Any, a: Any, b: Any, out: Any) -> Any:
     """out[i] = ‖w[i] + d[i]‖ with d = B A as `delta` sums it; squares and their sums are float64."""
     rows, columns = w.shape
-    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     squares, total = np.empty(LANES, f8), np.zeros(rows, f8)
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
         _take(a, start, chunk)
         for i in range(rows):
-            if i % 2 == 0:
-                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
-            total[i] += _squares(w[i, start : start + n], d[i % 2], squares)
+            if i % 4 == 0:
+                _four_rows(b, i, chunk, d)
+            total[i] += _squares(w[i, start : start + n], d[i % 4], squares)
     for i in range(rows):
         out[i] = f4(np.sqrt(total[i]))
 
@@ -53,16 +53,16 @@ def _squares(w: Any, d: Any, lanes: Any) -> Any:
 def column_norms(w: Any, a: Any, b: Any, begin: Any, end: Any, out: Any) -> Any:
     """out[j] = ‖w[:, j] + d[:, j]‖ for the columns from `begin` to `end`."""
     rows = len(w)
-    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     total = np.empty(CHUNK, f8)
     for start in range(begin, end, CHUNK):
         n = min(CHUNK, end - start)
         _take(a, start, chunk)
         total[:] = 0
         for i in range(rows):
-            if i % 2 == 0:
-                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
-            source, change = w[i, start : start + n], d[i % 2]
+            if i % 4 == 0:
+                _four_rows(b, i, chunk, d)
+            source, change = w[i, start : start + n], d[i % 4]
             for j in range(n):
                 x = f8(f4(load(source[j]) + change[j]))
                 total[j] += x * x

@@ -21,7 +21,7 @@ ROW_NORMS = (
 )
 COLUMN_NORMS = (
     Config(ROWS=16, COLUMNS=128, num_warps=4),
-    Config(ROWS=32, COLUMNS=64, num_warps=4),
+    Config(ROWS=16, COLUMNS=64, num_warps=4),
     Config(ROWS=8, COLUMNS=256, num_warps=4),
 )
 SCALED = (

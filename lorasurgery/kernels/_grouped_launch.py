@@ -6,6 +6,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from lorasurgery.kernels import _grouped_triton as kernels
+from lorasurgery.kernels._tensors import dtype_name
 from lorasurgery.kernels._tuning import Config, tuned
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ TILES = (
     Config(BM=64, BW=64, num_warps=4),
     Config(BM=32, BW=64, num_warps=4),
     Config(BM=64, BW=128, num_warps=8),
+)
+# 64 rows of float32 would be multiplied in tf32 on sm_100: `_nf4_linear_configs`
+TILES_SINGLE = (
+    Config(BM=32, BW=64, num_warps=4),
+    Config(BM=16, BW=64, num_warps=4),
+    Config(BM=32, BW=128, num_warps=8),
 )
 
 
@@ -64,6 +71,7 @@ def by_tiles(x: Tensor, adapter: Tensor, p: Pages, base: Tensor | None) -> Tenso
     (_, k), n, h, out = x.shape, p.out, *_results(x, p)
     pool, starts, terms = p.pool.contiguous(), p.starts, 16 if p.rank <= 16 else 32
     facts = x, p.page, p.rank, n
+    configs = TILES_SINGLE if dtype_name(x.dtype) == "float32" else TILES
     planned = cache(partial(plan, adapter, len(p.scales)))
 
     def shrink(config: Config) -> None:
@@ -83,8 +91,8 @@ def by_tiles(x: Tensor, adapter: Tensor, p: Pages, base: Tensor | None) -> Tenso
         )  # fmt: skip
 
     if p.rank:
-        tuned("shrink_tiles", TILES, facts, shrink)
-    tuned("expand_tiles", TILES, facts, expand)
+        tuned("shrink_tiles", configs, facts, shrink)
+    tuned("expand_tiles", configs, facts, expand)
     return out
 
 

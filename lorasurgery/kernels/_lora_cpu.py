@@ -1,6 +1,6 @@
 """B A, and W + B A with what rounding made of it, in numba.
 
-A chunk of columns is held in the first-level cache while the rows pass by in pairs. The sum over the rank
+A chunk of columns is held in the first-level cache while the rows pass by, four at a time. The sum over the rank
 is unrolled by hand and never reassociated or fused, so its bits are the same on every processor.
 """
 
@@ -24,14 +24,14 @@ f4, u8 = np.float32, np.uint64
 def delta(a: Any, b: Any, out: Any) -> Any:
     """d[i, j] = sum over k = 0, 1, ... of b[i, k] a[k, j], each product and each sum rounded."""
     rows, columns = out.shape
-    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
         _take(a, start, chunk)
         for i in range(rows):
-            if i % 2 == 0:
-                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
-            source, target = d[i % 2], out[i, start : start + n]
+            if i % 4 == 0:
+                _four_rows(b, i, chunk, d)
+            source, target = d[i % 4], out[i, start : start + n]
             for j in range(n):
                 target[j] = source[j]
 
@@ -43,18 +43,18 @@ def merge(w: Any, a: Any, b: Any, out: Any, chance: Any) -> Any:
     `chance` is None, or a tuple: the two keys of a seed, and the index of w's first element.
     """
     rows, columns = w.shape
-    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    chunk, d = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     sums = np.zeros((3, CHUNK), f4)
     signal = power = noise2 = 0.0
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
         _take(a, start, chunk)
         for i in range(rows):
-            if i % 2 == 0:
-                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, d[0], d[1])
+            if i % 4 == 0:
+                _four_rows(b, i, chunk, d)
             source, target = w[i, start : start + n], out[i, start : start + n]
-            _add(source, d[i % 2], target, chance, u8(i) * u8(columns) + u8(start))
-            _measure(source, target, d[i % 2], sums)
+            _add(source, d[i % 4], target, chance, u8(i) * u8(columns) + u8(start))
+            _measure(source, target, d[i % 4], sums)
             if i % FLUSH == FLUSH - 1 or i == rows - 1:
                 for j in range(n):
                     signal += sums[0, j]
@@ -74,25 +74,36 @@ def _take(a: Any, start: Any, chunk: Any) -> Any:
 
 
 @inner
-def _two_rows(b: Any, c: Any, a: Any, d: Any, e: Any) -> Any:
-    """Two rows share each load of a; -0 is what a sum may begin with and leave no trace."""
-    rank, k = a.shape[0], 0
+def _four_rows(b: Any, i: Any, a: Any, d: Any) -> Any:
+    """Rows i to i + 3 of B A, or the last ones again; they share each load of a.
+
+    -0 is what a sum may begin with and leave no trace.
+    """
+    rank, k, last = a.shape[0], 0, b.shape[0] - 1
+    e, f, g, h = b[i], b[min(i + 1, last)], b[min(i + 2, last)], b[min(i + 3, last)]
+    p, q, r, s = d[0], d[1], d[2], d[3]
     for j in range(CHUNK):
-        d[j], e[j] = f4(-0.0), f4(-0.0)
+        p[j] = q[j] = r[j] = s[j] = f4(-0.0)
     while k + 4 <= rank:
-        b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-        c0, c1, c2, c3 = c[k], c[k + 1], c[k + 2], c[k + 3]
+        e0, e1, e2, e3 = e[k], e[k + 1], e[k + 2], e[k + 3]
+        f0, f1, f2, f3 = f[k], f[k + 1], f[k + 2], f[k + 3]
+        g0, g1, g2, g3 = g[k], g[k + 1], g[k + 2], g[k + 3]
+        h0, h1, h2, h3 = h[k], h[k + 1], h[k + 2], h[k + 3]
         a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
         for j in range(CHUNK):
             x0, x1, x2, x3 = a0[j], a1[j], a2[j], a3[j]
-            d[j] = d[j] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-            e[j] = e[j] + c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+            p[j] = p[j] + e0 * x0 + e1 * x1 + e2 * x2 + e3 * x3
+            q[j] = q[j] + f0 * x0 + f1 * x1 + f2 * x2 + f3 * x3
+            r[j] = r[j] + g0 * x0 + g1 * x1 + g2 * x2 + g3 * x3
+            s[j] = s[j] + h0 * x0 + h1 * x1 + h2 * x2 + h3 * x3
         k += 4
     while k < rank:
-        b0, c0, a0 = b[k], c[k], a[k]
+        e0, f0, g0, h0, a0 = e[k], f[k], g[k], h[k], a[k]
         for j in range(CHUNK):
-            d[j] = d[j] + b0 * a0[j]
-            e[j] = e[j] + c0 * a0[j]
+            p[j] = p[j] + e0 * a0[j]
+            q[j] = q[j] + f0 * a0[j]
+            r[j] = r[j] + g0 * a0[j]
+            s[j] = s[j] + h0 * a0[j]
         k += 1
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lorasurgery.kernels._floats import load, nearest
-from lorasurgery.kernels._lora_cpu import CHUNK, _take, _two_rows
+from lorasurgery.kernels._lora_cpu import CHUNK, _four_rows, _take
 from lorasurgery.kernels._nf4_cpu import (
     SPAN,
     _count,
@@ -41,12 +41,12 @@ def merge(base: Any, factors: Any, tables: Any, keep: Any, chance: Any, out: Any
     rows, columns = len(b), a.shape[1]
     step = _step(columns, block)
     d, sums = np.empty(step * columns, f4), np.zeros((3, LANES), f8)
-    chunk, pair = np.zeros((a.shape[0], CHUNK), f4), np.empty((2, CHUNK), f4)
+    chunk, made = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     x, wide, nibbles = np.empty(SPAN, f4), np.empty(SPAN, f4), np.empty(SPAN + 1, i1)
     values = np.empty(SPAN // 2, u8)
     for top in range(0, rows, step):
         count = min(step, rows - top)
-        _delta(a, b[top : top + count], chunk, pair, d)
+        _delta(a, b[top : top + count], chunk, made, d)
         for at in range(0, count * columns, SPAN):
             size = min(SPAN, count * columns - at)
             first, change = top * columns + at, d[at : at + size]
@@ -79,15 +79,15 @@ def _step(columns: Any, block: Any) -> Any:
 
 
 @inner
-def _delta(a: Any, b: Any, chunk: Any, pair: Any, d: Any) -> Any:
+def _delta(a: Any, b: Any, chunk: Any, made: Any, d: Any) -> Any:
     rows, columns = len(b), a.shape[1]
     for start in range(0, columns, CHUNK):
         n = min(CHUNK, columns - start)
         _take(a, start, chunk)
         for i in range(rows):
-            if i % 2 == 0:
-                _two_rows(b[i], b[min(i + 1, rows - 1)], chunk, pair[0], pair[1])
-            source, at = pair[i % 2], i * columns + start
+            if i % 4 == 0:
+                _four_rows(b, i, chunk, made)
+            source, at = made[i % 4], i * columns + start
             target = d[at : at + n]
             for j in range(n):
                 target[j] = source[j]

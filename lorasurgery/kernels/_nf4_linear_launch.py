@@ -76,13 +76,12 @@ def backward(g: Tensor, k: int, w: Packed, low: LowRank | None) -> Tensor:
     constants = {**layout(w, k), **_low(rank)}
 
     def launch(config: Config) -> None:
-        # a tile of the result is BN of `forward` wide, and its sums go BK rows of W at a time
         turned = {**config, "BN": config["BK"], "BK": config["BN"]}
         kernels.backward[(-(-m // config["BM"]), -(-k // config["BN"]))](
             g, *pointers(w), h, a, out, m, n, k, k // 2, rank, **constants, **turned
         )
 
-    candidates = configs.tiles(m, g.dtype, k % w.block != 0)
+    candidates = configs.backward(m, g.dtype, k % w.block != 0)
     tuned("backward", candidates, (g, k, *constants.values()), launch)
     return out
 

@@ -9,8 +9,37 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.np import linalg
 
 Function = Callable[..., Any]
+
+
+class _Blas:
+    """Whether there is a BLAS: numba asks when this is imported, and scipy.linalg is a fifth of its start."""
+
+    def __bool__(self) -> bool:
+        try:
+            linalg.ensure_blas()
+        except ImportError:
+            return False
+        return True
+
+
+def _ask_later() -> None:
+    """Import numba.np.arraymath with nothing found, and let it find out when a function needs it."""
+
+    def absent() -> None:
+        raise ImportError
+
+    asked, linalg.ensure_blas = linalg.ensure_blas, absent
+    try:
+        from numba.np import arraymath
+    finally:
+        linalg.ensure_blas = asked
+    arraymath.ensure_blas, arraymath._HAVE_BLAS = asked, _Blas()  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+_ask_later()
 
 
 def _stamp() -> tuple[tuple[str, int, int], ...]:

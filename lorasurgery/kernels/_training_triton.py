@@ -23,6 +23,9 @@ IMPORTANCE_ACROSS = (
     Config(TRIPLETS=32, ITEMS=32, num_warps=4),
     Config(TRIPLETS=16, ITEMS=128, num_warps=8),
 )
+ALL, TOP = tl.constexpr(0xFFFFFFFF), tl.constexpr(0x80000000)
+
+BUDGET = (Config(SIZE=1024, num_warps=8), Config(SIZE=4096, num_warps=16))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -70,3 +73,57 @@ def importance(  # type: ignore[no-untyped-def]
     tl.store(new_spread + at, wide, mask=mask)
     score = tl.where(mask, smooth * wide, 0.0).to(tl.float64)
     tl.store(partial + part * triplets + triplet, tl.sum(score, axis=1), mask=triplet < triplets)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def choose(  # type: ignore[no-untyped-def]
+    e, of_e, of_a, of_b, scores, out, keep, n, pruned, SIZE: tl.constexpr
+):
+    """One program: scores, their pruned-th smallest by a search from the highest bit, and who is above it."""
+    for start in range(0, n, SIZE):
+        index = start + tl.arange(0, SIZE)  # [SIZE]
+        mask = index < n
+        x = tl.load(of_e + index, mask=mask, other=0.0) + tl.load(
+            of_b + index, mask=mask, other=0.0
+        )
+        x += tl.load(of_a + index, mask=mask, other=0.0)
+        tl.store(scores + index, x, mask=mask)
+    # the other threads' scores are read below
+    tl.debug_barrier()
+    prefix, left = tl.full((), 0, tl.uint32), pruned
+    for step in range(32):
+        bit = 31 - step
+        below = 0
+        for start in range(0, n, SIZE):
+            index = start + tl.arange(0, SIZE)
+            key = _ordered(tl.load(scores + index, mask=index < n, other=0.0))
+            same = ((key >> bit) == (prefix >> bit)) & (index < n)
+            below += tl.sum(same.to(tl.int32), axis=0)
+        if below < left:
+            left -= below
+            prefix |= tl.full((), 1, tl.uint32) << bit
+    for start in range(0, n, SIZE):
+        index = start + tl.arange(0, SIZE)
+        mask = index < n
+        x = tl.load(scores + index, mask=mask, other=0.0)
+        # keys tell -0 from 0, numbers do not
+        above = (_ordered(x) > prefix) & (x != _number(prefix)) | (pruned <= 0)
+        above = above & (x == x)  # noqa: PLR0124 - nan alone differs from itself
+        tl.store(keep + index, above.to(tl.uint8), mask=mask)
+        tl.store(
+            out + index, tl.where(above, tl.load(e + index, mask=mask, other=0.0), 0.0), mask=mask
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _ordered(x):  # type: ignore[no-untyped-def]
+    """A uint32 that is ordered as the float32 are; nan is the largest."""
+    bits = x.to(tl.uint32, bitcast=True)
+    key = tl.where(bits >> 31 == 1, bits ^ ALL, bits | TOP)
+    return tl.where(x == x, key, ALL)  # noqa: PLR0124
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _number(key):  # type: ignore[no-untyped-def]
+    """The float32 of `_ordered`'s key."""
+    return tl.where(key >> 31 == 1, key ^ TOP, key ^ ALL).to(tl.float32, bitcast=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from merging import done, surgery
 from neighbour_cases import IA3, OTHERS
 from neighbours import Case, make, merged_by_peft, same_parameters
 from peft import PeftType
+from safetensors.torch import load_file, save_file
 from tiny import Base
+from torch import Tensor
 
 from lorasurgery.dialects._peft_other_types import TYPES
 from lorasurgery.dialects._peft_types_refused import REFUSED
@@ -58,3 +61,40 @@ def test_as_lora_of_full_rank_it_is_merged_as_before(
     adapter, lora = make(base, tmp_path / "adapter", case.config), tmp_path / "lora"
     done("convert", adapter, "-o", lora, "--to", "lora", "--rank", 32, "--base", base.path)
     same_parameters(merged_by_peft(base, lora), merged_by_peft(base, adapter), 1e-5)
+
+
+@pytest.mark.parametrize("case", LINEAR.values(), ids=str)
+def test_a_factor_that_is_missing_or_holds_nan_is_one_error(
+    bases: Bases, tmp_path: Path, case: Case
+) -> None:
+    base = bases(case.kind)
+    whole = make(base, tmp_path / "adapter", case.config)
+    held = load_file(whole / "adapter_model.safetensors")
+    module = case.changes[0].removesuffix(".weight")
+    own = [key for key in held if f".{module}." in key] or list(held)
+    for n, key in enumerate(own):
+        spoilt = {k: t.clone() for k, t in held.items()}
+        if (
+            held[key].is_floating_point() and held[key].any()
+        ):  # GLoRA saves what it has not as zeros
+            spoilt[key].view(-1)[0] = float("nan")
+            one_error(base, replaced(whole, f"nan{n}", spoilt))
+        if len(own) > 1:
+            one_error(
+                base, replaced(whole, f"less{n}", {k: t for k, t in held.items() if k != key})
+            )
+
+
+def replaced(whole: Path, name: str, tensors: dict[str, Tensor]) -> Path:
+    """A copy of an adapter with these tensors."""
+    folder = shutil.copytree(whole, whole.parent / name)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def one_error(base: Base, adapter: Path) -> None:
+    result = surgery("merge", base.path, adapter, "-o", adapter.parent / "out")
+    assert not isinstance(result.exception, Exception), (adapter, result.exception)
+    assert result.exit_code == 1, adapter
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert not list(adapter.parent.glob("out*"))

@@ -97,6 +97,9 @@ def test_stacks_written_expert_by_expert_are_loaded_by_peft_as_what_they_were(
     assert after.keys() == before.keys()
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor, rtol=0, atol=0)
+    # PEFT stacks them itself when it loads them
+    theirs = outputs(unmerged_by_peft(moe, source))
+    torch.testing.assert_close(outputs(unmerged_by_peft(moe, one)), theirs, rtol=1e-5, atol=1e-5)
     # merged into the base that has them one by one
     done("merge", moe.path, source, "-o", tmp_path / "merged")
     done("merge", moe.path, one, "-o", tmp_path / "merged-single")

@@ -45,16 +45,22 @@ def upright(adapter: Adapter, model: Model) -> Adapter:
 
     Raises MatchError for factors of other sizes than the base's experts.
     """
+    names = names_of(adapter, model)
     sites = tuple(
-        _swapped(site) if is_stacked(site) and _turned(adapter, site, model) else site
+        _swapped(site) if is_stacked(site) and _turned(adapter, site, model, names) else site
         for site in adapter.sites
     )
     return replace(adapter, sites=sites)
 
 
-def _turned(adapter: Adapter, site: Site, model: Model) -> bool:
+def names_of(adapter: Adapter, model: Model) -> Names:
+    """How the adapter's stacks are found in the base."""
+    return Names(model.weights, [name_of(site) for site in adapter.sites if is_stacked(site)])
+
+
+def _turned(adapter: Adapter, site: Site, model: Model, names: Names) -> bool:
     """Whether the factors are of the transpose; where W is square, they are taken for what they should be."""
-    size, stored = site.size, _size(site, model)
+    size, stored = site.size, _size(site, model, names)
     if stored is None:
         raise MatchError(
             f"{adapter.path}: {name_of(site)} is adapted, but {model.path} has no such experts. Check --base."
@@ -67,28 +73,17 @@ def _turned(adapter: Adapter, site: Site, model: Model) -> bool:
     return size != stored
 
 
-def _size(site: Site, model: Model) -> tuple[int, int] | None:
+def _size(site: Site, model: Model, names: Names) -> tuple[int, int] | None:
     """What goes out of one expert's matrix and what goes in, by the base's own tensors."""
-    name = name_of(site)
-    if (found := Names(model.weights, [name]).find(name)) is not None:
-        out, in_ = model.weights.info(found).shape[-2:]
-        return (in_, out) if kind(model.config) in TURNED_EXPERTS else (out, in_)
-    parts = stored_parts(site, 0, model)
-    if parts is None:
+    # of the first expert alone; its rows are counted here, and any number that can be dealt out does
+    parts = names.parts(name_of(site), len(PARTS[site.parameter]), 1)
+    shapes = [model.weights.info(part.tensor).shape for part in parts]
+    if not parts:
         return None
-    shapes = [model.weights.info(f"{part}.weight").shape for part in parts]
+    if parts[0].expert is None:
+        out, in_ = shapes[0][-2:]
+        return (in_, out) if kind(model.config) in TURNED_EXPERTS else (out, in_)
     return sum(shape[0] for shape in shapes), shapes[0][1]
-
-
-def stored_parts(site: Site, expert: int, model: Model) -> list[str] | None:
-    """The modules of one expert's part of a stack, as the base's files name them; None if there are none."""
-    for names in EXPERTS[site.parameter]:
-        wanted = [f"{site.module}.{expert}.{name}.weight" for name in names]
-        known = Names(model.weights, wanted)
-        found = [stored for name in wanted if (stored := known.find(name))]
-        if len(found) == len(names):
-            return [name.removesuffix(".weight") for name in found]
-    return None
 
 
 def _swapped(site: Site) -> Site:

@@ -42,8 +42,9 @@ def stacked(adapter: Adapter, model: Model | None) -> Relaid:
     model = needed(adapter, model)
     experts, shared = count(adapter, model), 0
     made, origins = list[Site](), list[Site]()
+    by = {id(site): stack for stack in stacks for site in stack.all}
     for site in adapter.sites:
-        stack = next((s for s in stacks if any(site is one for one in s.all)), None)
+        stack = by.get(id(site))
         if stack is None:
             made.append(site)
         elif site is stack.all[0]:

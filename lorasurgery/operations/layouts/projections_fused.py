@@ -18,7 +18,12 @@ from lorasurgery.adapter import Adapter, AdapterConfig, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError
 from lorasurgery.operations.layouts.fused_rows import TABLE, Fused, Rows, by_part, rows
-from lorasurgery.operations.layouts.projections_split import known_rows, nothing_to_do
+from lorasurgery.operations.layouts.projections_split import (
+    check_plain,
+    is_plain,
+    known_rows,
+    nothing_to_do,
+)
 from lorasurgery.operations.layouts.relaid import Relaid
 from lorasurgery.operations.layouts.wholes_of_rows import fused_wholes
 from lorasurgery.tensors import TensorInfo
@@ -48,8 +53,9 @@ def fuse(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
     if not groups:
         raise nothing_to_do(adapter, "a part", [p for f in TABLE[-2:] for p in f.parts])
     made, origins, shared = list[Site](), list[Site](), 0
+    by = {id(site): group for group in groups for site in group.sites.values()}
     for site in adapter.sites:
-        group = next((g for g in groups if site in g.sites.values()), None)
+        group = by.get(id(site))
         if group is None:
             made.append(site)
         elif site is next(iter(group.sites.values())):
@@ -73,8 +79,8 @@ def _groups(adapter: Adapter, config: Mapping[str, Any]) -> list[Group]:
     for site in adapter.sites:
         last = site.module.rpartition(".")[2]
         fused = by_part(last, config)
-        plain = site.layout == "linear" and not site.kernel and site.parameter == "weight"
-        if fused is not None and plain and not _EXPERT.search(site.module):
+        check_plain(adapter, site, known=fused is not None)
+        if fused is not None and is_plain(site) and not _EXPERT.search(site.module):
             found.setdefault((site.module.removesuffix(last), fused), {})[last] = site
     return [_group(adapter, config, owner, fused, s) for (owner, fused), s in found.items()]
 

@@ -26,14 +26,16 @@ def split(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
     found: list[tuple[Site, Site]] = []
     splits: dict[str, tuple[Fused, Rows]] = {}
     for site in adapter.sites:
-        fused = _fused(site, config)
+        fused = _fused(adapter, site, config)
         if fused is None:
             found.append((site, site))
             continue
-        _check_rows(adapter, site)
+        check_rows(adapter, site)
         lie = known_rows(adapter, fused, config, site.module, site.size[0])
         splits[site.module] = (fused, lie)
-        found += [(_part(site, fused, lie, i), site) for i in range(len(fused.parts))]
+        owner = site.module.removesuffix(fused.name)
+        for i, part in enumerate(fused.parts):
+            found.append((of_rows(site, f"{owner}{part}", lie.of(i)), site))
     if not splits:
         raise nothing_to_do(adapter, "fused", [f.name for f in TABLE])
     made = replace(adapter, sites=tuple(new for new, _ in found))
@@ -41,12 +43,28 @@ def split(adapter: Adapter, config: Mapping[str, Any]) -> Relaid:
     return Relaid(split_wholes(made, splits), tuple(old for _, old in found), (note,))
 
 
-def _fused(site: Site, config: Mapping[str, Any]) -> Fused | None:
-    plain = site.layout == "linear" and not site.kernel and site.parameter == "weight"
-    return by_name(site.module.rpartition(".")[2], config) if plain else None
+def _fused(adapter: Adapter, site: Site, config: Mapping[str, Any]) -> Fused | None:
+    fused = by_name(site.module.rpartition(".")[2], config)
+    check_plain(adapter, site, known=fused is not None)
+    return fused if is_plain(site) else None
 
 
-def _check_rows(adapter: Adapter, site: Site) -> None:
+def is_plain(site: Site) -> bool:
+    """Whether it is a matrix, whose rows can go elsewhere."""
+    return site.layout == "linear" and not site.kernel and site.parameter == "weight"
+
+
+def check_plain(adapter: Adapter, site: Site, *, known: bool) -> None:
+    """Raises MatchError for a change of a bias of such a projection, which would be left behind."""
+    if known and site.parameter == "bias":
+        raise MatchError(
+            f"{adapter.path}: {site.module}.bias is adapted by itself, and matrices alone change their layout. "
+            "Merge it."
+        )
+
+
+def check_rows(adapter: Adapter, site: Site) -> None:
+    """Raises MatchError for a variant whose change of some rows is not of the same kind by itself."""
     names = getattr(variant_of(site), "ROWS", ())
     out = site.size[0]
     known = site.config.variant in _BY_ROWS
@@ -76,9 +94,9 @@ def known_rows(
     return lie
 
 
-def _part(site: Site, fused: Fused, lie: Rows, i: int) -> Site:
-    owner = site.module.removesuffix(fused.name)
-    names, index = getattr(variant_of(site), "ROWS", ()), lie.of(i)
+def of_rows(site: Site, module: str, index: Array) -> Site:
+    """What a site does to some rows of W, in this order, as a site of a module that has these alone."""
+    names = getattr(variant_of(site), "ROWS", ())
     facts = {
         name: replace(info, shape=(len(index), *info.shape[1:])) if name in names else info
         for name, info in site.factors.items()
@@ -87,7 +105,7 @@ def _part(site: Site, fused: Fused, lie: Rows, i: int) -> Site:
     def load() -> dict[str, Array]:
         return {n: f[index] if n in names else f for n, f in site.load().items()}
 
-    return replace(site, module=f"{owner}{fused.parts[i]}", factors=facts, load=load)
+    return replace(site, module=module, factors=facts, load=load)
 
 
 def nothing_to_do(adapter: Adapter, what: str, names: list[str]) -> MatchError:

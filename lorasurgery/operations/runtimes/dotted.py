@@ -8,13 +8,19 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
 from lorasurgery.naming import Names
+from lorasurgery.operations.layouts.flux import as_diffusers, is_flux
+from lorasurgery.operations.layouts.relaid import Relaid
 
 
-def dotted(adapter: Adapter, model: Model | None, *, parts: bool) -> Adapter:
+def dotted(adapter: Adapter, model: Model | None, *, parts: bool) -> Relaid:
     """The same sites by the model's names, below their part of the pipeline if `parts` is true.
+
+    Flux's own names are diffusers' by a table; what is fused there is split.
 
     Raises MatchError without a model, and for a module that no tensor of it is.
     """
+    if parts and is_flux(adapter):
+        return as_diffusers(adapter)
     if model is None:
         raise MatchError(
             f"{adapter.path}: the names of its modules have _ for ., which only the model's own names can "
@@ -32,4 +38,5 @@ def dotted(adapter: Adapter, model: Model | None, *, parts: bool) -> Adapter:
         path = stored.rpartition(".")[0]
         part, _, rest = site.module.partition(".")
         sites.append(replace(site, module=f"{part}.{path}" if parts and rest else path))
-    return replace(adapter, sites=tuple(sites), dialect="peft", settings={})
+    made = replace(adapter, sites=tuple(sites), dialect="peft", settings={})
+    return Relaid(made, adapter.sites, ())

@@ -15,6 +15,7 @@ from lorasurgery.adapter import Adapter, AdapterConfig, Dialect, Site, Variant
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
 from lorasurgery.operations.algebra.svd import padded
+from lorasurgery.operations.layouts.relaid import Relaid
 from lorasurgery.operations.lint import runtime_of
 from lorasurgery.operations.runtimes.claims import ONE_BY_ONE, SOME, STACKED, Runtime
 from lorasurgery.operations.runtimes.dotted import dotted
@@ -49,9 +50,11 @@ def fit(adapter: Adapter, runtime: str, model: Model | None = None) -> Fitted:
     """
     known = runtime_of(runtime)
     dialect = known.layouts[0]
+    named = Relaid(adapter, adapter.sites, ())
     if adapter.dialect == "kohya" != dialect:
-        adapter = dotted(adapter, model, parts=dialect == "diffusers")
-    relaid = fitted_experts(adapter, runtime, known, model)
+        named = dotted(adapter, model, parts=dialect == "diffusers")
+    adapter = named.adapter
+    relaid = named.then(lambda one: fitted_experts(one, runtime, known, model))
     # what became of experts was held to the base's, which may have them in the other layout
     there = {id(site) for site in relaid.adapter.sites}
     kept = tuple(site for site in adapter.sites if id(site) in there)
