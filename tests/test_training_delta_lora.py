@@ -174,8 +174,8 @@ def test_a_bfloat16_base_takes_the_whole_delta(base, tmp_path):
 
 def test_from_the_first_step_it_is_a_lora_of_alpha_times_one_plus_lambda(base):
     def losses(method: str, alpha: float, own: delta_lora.Options | None) -> list[float]:
-        asked = options(method, own=own, steps=8, rate=5e-3, clip=None)
-        return steps(begin(base, replace(asked, wanted=Wanted(4, alpha))), 8)
+        asked = options(method, own=own, steps=10, rate=2e-3, clip=None)
+        return steps(begin(base, replace(asked, wanted=Wanted(4, alpha))), 10)
 
     found = losses("delta-lora", 8.0, delta_lora.Options(0.5, -1))
     # Adam takes no notice of the gradient's size

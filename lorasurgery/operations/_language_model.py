@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -57,8 +57,13 @@ class LanguageModel:
         return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> LanguageModel:
-    """With an adapter beside it, if one is given.
+def load(
+    path: Path,
+    dtype: str = "float32",
+    adapter: Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> LanguageModel:
+    """With an adapter beside it, if one is given; with `classes`, as a classifier of sequences.
 
     Raises UsageError where the extra is missing, FormatError for what transformers cannot load, and
     what an adapter that does not fit raises.
@@ -70,11 +75,12 @@ def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> Lan
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: no config.json in it, so that no model can be built. Name one.")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            kind, more = _kind(classes)
+            model = kind.from_pretrained(path, dtype=getattr(torch, dtype), **more)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -92,6 +98,15 @@ def windows(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         part = tokens[start : start + size]
         if len(part) > 1:
             yield start, part
+
+
+def _kind(classes: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
+    """transformers' class, and what it must be told."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if classes is None:
+        return AutoModelForCausalLM, {}
+    return AutoModelForSequenceClassification, {"num_labels": len(classes)}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import blake3
@@ -10,7 +11,7 @@ from lorasurgery.adapter import Adapter
 from lorasurgery.arrays import as_bytes
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
-from lorasurgery.targets import Resolved, resolve
+from lorasurgery.targets import Resolved
 
 
 def check_base(model: Model, resolved: Resolved) -> None:
@@ -26,21 +27,14 @@ def check_base(model: Model, resolved: Resolved) -> None:
             )
 
 
-def bound(model: Model, adapter: Adapter) -> Adapter:
-    """The adapter with the hash of its weight in each site that belongs to one base."""
-    belongs = {site.module for site in adapter.sites if site.config.variant == "delta_lora"}
-    if not belongs:
-        return adapter
-    found = {
-        share.site.module: digest(model, name)
-        for name, target in resolve(model, adapter).targets.items()
-        for share in target.shares
-        if share.site.module in belongs
-    }
+def bound(adapter: Adapter, digests: Mapping[str, str]) -> Adapter:
+    """The adapter with its weight's hash, by module, in each site that belongs to one base."""
     sites = []
     for site in adapter.sites:
-        extra = {**site.config.extra, "base": found[site.module]} if site.module in found else None
-        sites.append(replace(site, config=replace(site.config, extra=extra)) if extra else site)
+        if site.config.variant == "delta_lora" and site.module in digests:
+            extra = {**site.config.extra, "base": digests[site.module]}
+            site = replace(site, config=replace(site.config, extra=extra))  # noqa: PLW2901 - the same site
+        sites.append(site)
     return replace(adapter, sites=tuple(sites))
 
 

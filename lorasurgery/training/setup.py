@@ -40,8 +40,12 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     method = cast(Method, methods.load(options.method))
     own = method.Options() if options.own is None else options.own
     method.configure(options.wanted, own)  # before a model is loaded for nothing
-    language = load(base, options.machine.dtype)
+    torch.manual_seed(options.wanted.seed)  # a head that the base lacks is drawn
+    classes = options.reading.classes
+    language = load(base, options.machine.dtype, classes=classes)
     model = language.model.to(device(options.machine.device))
+    if classes:
+        model.config.pad_token_id = _padding(language)  # what comes last in a row is told by it
     data = _read(options.data, language, options)
     held_out = _read(options.held.data, language, options) if options.held.data else []
     recipe = recipe_of(options, len(data))
@@ -51,7 +55,7 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     found = attach.places(model, _targets(method, options))
     factors = method.start(found, config, own, recipe.seed)
     layers = attach.attach(model, found, config, factors, wanted.dropout)
-    detours = attach.detours(model, layers, method.TRAINED, options.targets.whole)
+    detours = attach.detours(model, layers, method.TRAINED, _whole(model, options))
     _ready(model, recipe)
     rate = method.RATE if options.pace.rate is None else options.pace.rate
     groups = tuple(method.groups(detours.named(), Rates(rate, options.pace.decay), own))
@@ -59,11 +63,18 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     optimizer = kind.make(groups, options.pace.settings)
     parts = Parts(detours, method.hooks(layers, wanted, own), optimizer, data, _padding(language))
     said = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
         "lora_dropout": wanted.dropout,
         "vera_dropout": wanted.dropout,
     }
     return Prepared(Trainer(parts, recipe), groups, held_out, {**said, **config.extra})
+
+
+def _whole(model: nn.Module, options: TrainOptions) -> tuple[str, ...]:
+    """What is trained without factors: of a classifier its head, if nothing else is named."""
+    if options.targets.whole or not options.reading.classes:
+        return options.targets.whole
+    return tuple(name for name, _ in model.named_children() if name in attach.HEADS)
 
 
 def device(name: str) -> torch.device:

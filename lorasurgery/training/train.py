@@ -16,8 +16,6 @@ from lorasurgery import __version__, plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.checkpoint import MANIFEST, SCRATCH
 from lorasurgery.errors import LoraSurgeryError
-from lorasurgery.model import open_model
-from lorasurgery.operations._right_base import bound
 from lorasurgery.operations.algebra.adapter_output import (
     Outcome,
     as_written,
@@ -30,6 +28,7 @@ from lorasurgery.place import check_apart, check_free, check_room, recover, writ
 from lorasurgery.report import Report, Result, read_manifest
 from lorasurgery.surgery import RunOptions, stamp
 from lorasurgery.training import setup, state, written
+from lorasurgery.training.interrupt import Interrupt
 from lorasurgery.training.method import Group
 from lorasurgery.training.options import TrainOptions
 from lorasurgery.training.records import files
@@ -106,9 +105,7 @@ class _Run:
             trainer = self.prepared.trainer
             trainer.take_best()
             trainer.parts.hooks.finish()
-            report = replace(
-                report, total={**report.total, **self._figures()}, results=self._told()
-            )
+            report = replace(report, total={**report.total, **self._figures()})
             return self._write(output, report)
         except BaseException as error:
             if saved.exists():
@@ -128,7 +125,7 @@ class _Run:
         if saved.exists():
             trainer.restore(state.load(saved))
         path = output.partial / METRICS
-        with writing(path, "the metrics"), path.open("ab") as file:
+        with Interrupt() as stop, writing(path, "the metrics"), path.open("ab") as file:
             file.truncate(trainer.metrics)
             while not trainer.over:
                 began = time.perf_counter()
@@ -142,9 +139,11 @@ class _Run:
                 file.flush()
                 trainer.metrics = file.tell()
                 self.options.watch(told, recipe.steps)
-                if trainer.due(recipe.save_every):
+                if stop.wanted or trainer.due(recipe.save_every):
                     os.fsync(file.fileno())
                     state.save(trainer.capture(), saved)
+                if stop.wanted:
+                    raise KeyboardInterrupt
 
     def _figures(self) -> dict[str, float]:
         trainer = self.prepared.trainer
@@ -155,27 +154,22 @@ class _Run:
             found |= {"eval_loss": trainer.best.loss, "best_step": trainer.best.step}
         return found
 
-    def _told(self) -> tuple[Result, ...]:
-        found = self.prepared.trainer.parts.hooks.by_module()
-        return tuple(Result(name, figures, {}, {}) for name, figures in found.items())
-
-    def _adapter(self, output: Output) -> tuple[Adapter, Dialect]:
-        detours, options = self.prepared.trainer.parts.detours, self.options
-        made = written.adapter(detours, options.name, output.path, self.prepared.settings)
-        made = bound(open_model(self.base), made)
+    def _adapter(self, output: Output) -> tuple[Adapter, Dialect, tuple[Result, ...]]:
+        parts, options = self.prepared.trainer.parts, self.options
+        made = written.adapter(parts.detours, options.name, output.path, self.prepared.settings)
+        made, read = written.on_base(self.base, made, parts.hooks.by_module())
         name = options.dialect or layout_for(made)
         dialect = cast(Dialect, plugins.load("dialects", name))
         made = as_written(made, name, "F32")
         check_variants(made, name, dialect)
-        return made, dialect
+        return made, dialect, read
 
     def _write(self, output: Output, report: Report) -> Report:
-        adapter, dialect = self._adapter(output)
+        adapter, dialect, read = self._adapter(output)
         with writing(output.partial, "the adapter"):
             dialect.write(adapter, output.partial)
         report = replace(report, seconds=time.perf_counter() - self.started)
-        outcome = Outcome(
-            "train", adapter, self.inputs, self.options.settings, report.results, report.total
-        )
-        output.commit({MANIFEST: manifest_of(outcome, adapter, report, self.plan)})
-        return report
+        outcome = Outcome("train", adapter, self.inputs, self.options.settings, read, report.total)
+        content = manifest_of(outcome, adapter, replace(report, results=read), self.plan)
+        output.commit({MANIFEST: content})
+        return replace(report, results=tuple(result for result in read if result.metrics))

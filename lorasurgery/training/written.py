@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Site
+from lorasurgery.model import open_model
+from lorasurgery.operations._right_base import bound, digest
+from lorasurgery.report import Result
+from lorasurgery.targets import resolve
 from lorasurgery.tensors import TensorInfo
 from lorasurgery.training.adapted import Adapted, turned
 from lorasurgery.training.attach import Detours
@@ -32,6 +36,26 @@ def adapter(detours: Detours, base: str, path: Path, settings: Mapping[str, Any]
         load_added=lambda name: array(detours.whole[name]),
         settings=settings,
     )
+
+
+def on_base(
+    base: Path, adapter: Adapter, figures: Mapping[str, Mapping[str, float]]
+) -> tuple[Adapter, tuple[Result, ...]]:
+    """The adapter bound to its base where it belongs to one; each of the base's weights that it is for.
+
+    Of these the results have the hash, as a merge would note it, and what is told of the module.
+    """
+    model = open_model(base)
+    targets = resolve(model, adapter, routed=True).targets
+    read = {name: digest(model, name) for name in targets}
+    results: list[Result] = []
+    by_module: dict[str, str] = {}
+    for name, target in targets.items():
+        modules = [share.site.module for share in target.shares]
+        by_module |= dict.fromkeys(modules, read[name])
+        told = {key: value for m in modules for key, value in figures.get(m, {}).items()}
+        results.append(Result(name, told, {name: read[name]}, {}))
+    return bound(adapter, by_module), tuple(results)
 
 
 def _site(module: str, layer: Adapted) -> Site:
