@@ -18,6 +18,7 @@ from lorasurgery.operations.merging.options import MergeOptions
 from lorasurgery.surgery import RunOptions
 from lorasurgery.training import method as methods
 from lorasurgery.training import state
+from lorasurgery.training.live import add_adapter
 from tests.training_case import begin, llama, logits, options, run, save_base, steps
 
 EVERY = methods.names()
@@ -43,13 +44,18 @@ def test_without_a_step_the_model_is_the_base_bit_for_bit(base, name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_written_merges_into_what_was_trained(base, name, tmp_path):
+def test_what_is_written_runs_beside_the_base_and_merges_into_what_was_trained(
+    base, name, tmp_path
+):
     rate = RATES.get(name, 1e-2)
     prepared = begin(base, options(name, rate=rate))
     steps(prepared, 3)
     prepared.trainer.parts.hooks.finish()
     trained = logits(prepared.trainer.parts.model)
     run(base, tmp_path / "adapter", options(name, rate=rate))
+    beside = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    add_adapter(beside, base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(beside), trained, atol=2e-5, rtol=1e-4)
     call = base, [str(tmp_path / "adapter")], tmp_path / "merged", MergeOptions(), RunOptions()
     if getattr(plugins.load("adapters", methods.load(name).VARIANT), "ROUTED", False):
         with pytest.raises(MatchError, match="a router chooses among its experts"):

@@ -175,6 +175,8 @@ def test_it_converts_to_a_lora_that_peft_runs_alike(base, tmp_path):
     steps(prepared, 4)
     trained = logits(prepared.trainer.parts.model)
     run(base, tmp_path / "out", options("lora-drop", rate=1e-2, steps=4))
+    manifest = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert manifest["inputs"]["keep"] == kept()
     content = json.loads((tmp_path / "out" / "adapter.json").read_text())
     keys = {site["module"]: site["factors"]["A"] for site in content["sites"]}
     assert keys["model.layers.0.mlp.up_proj"] == keys["model.layers.1.mlp.up_proj"]

@@ -54,6 +54,8 @@ def train(base: Path, output: Path | None, options: TrainOptions, how: RunOption
     """
     started = time.perf_counter()
     inputs = {"base": base, **{f"data{i}": p for i, p in enumerate(_files(options))}}
+    if chosen := getattr(options.own, "keep", None):  # another choice of modules is another run
+        inputs["keep"] = Path(chosen)
     plan = _identity(inputs, options)
     if output is not None:
         check_apart(output, inputs.values())
