@@ -149,6 +149,14 @@ def test_micro_batches_add_up_to_the_batch(base, name):
     assert steps(parts, 3) == pytest.approx(steps(whole, 3), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_products_in_bfloat16_are_near_those_in_float32(base, name):
+    asked = options(name, rate=RATES.get(name, 1e-2))
+    quick = replace(asked, machine=replace(asked.machine, autocast=True))
+    # 8 bits of a loss of 5.6 are 0.01
+    assert steps(begin(base, quick), 3) == pytest.approx(steps(begin(base, asked), 3), abs=0.02)
+
+
 def test_a_run_leaves_an_adapter_its_report_and_its_metrics(base, tmp_path):
     total = run(base, tmp_path / "out", options())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
