@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.cli.app import app
 from lorasurgery.errors import LoraSurgeryError, UsageError
 from lorasurgery.operations.algebra.adapter_output import AdapterFormat
 from lorasurgery.operations.convert import ConvertOptions, convert
@@ -26,7 +28,7 @@ from lorasurgery.training.attach import Targets
 from lorasurgery.training.method import Wanted
 from lorasurgery.training.methods import delta_lora
 from lorasurgery.training.options import Machine
-from tests.training_case import begin, logits, options, run, save_base, steps
+from tests.training_case import TEXT, begin, logits, options, run, save_base, steps
 
 OUT, IN, RANK, LAMBDA, START, STEPS = 7, 9, 3, 0.5, 4, 12
 SCALE = 6.0 / RANK
@@ -236,6 +238,21 @@ def test_the_snapshot_outlives_a_stop_on_either_side_of_its_step(base, tmp_path)
         one, two = (p.trainer.parts.detours.layers for p in (straight, second))
         for path, layer in one.items():
             assert all(torch.equal(f, two[path].factors[n]) for n, f in layer.factors.items())
+
+
+def test_lambda_is_typed_or_read_from_a_file(base, tmp_path):
+    small = {"data": [str(TEXT)], "steps": 1, "length": 32, "batch": 1, "device": "cpu"}
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({**small, "method": "delta-lora", "lambda": 0.25, "start": -1}))
+    call = ["train", str(base), "-c", str(file), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.stderr
+    (one, *_) = json.loads((tmp_path / "out" / "adapter.json").read_text())["sites"]
+    assert (one["extra"]["lambda"], one["extra"]["start"]) == (0.25, -1)
+    file.write_text(json.dumps(small))
+    result = CliRunner().invoke(app, [*call[:-1], str(tmp_path / "other"), "--lambda", "1"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: --lambda: means nothing to lora. It belongs to delta-lora.\n"
 
 
 REFUSED = {
