@@ -66,7 +66,8 @@ def gates(x: Tensor, router: Tensor, config: AdapterConfig) -> Tensor:
 
     logits = x @ router.T
     top, index = logits.topk(chosen(config), dim=-1)
-    return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+    # autocast multiplies in bfloat16, and not everything else
+    return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1).to(logits.dtype))
 
 
 def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
@@ -95,7 +96,8 @@ def detour(
     added = flat.new_zeros(len(flat), factors["B"].shape[1])
     for i, (a, b) in enumerate(zip(factors["A"], factors["B"], strict=True)):
         (mine,) = gate[:, i].nonzero(as_tuple=True)
-        added = added.index_add(0, mine, gate[mine, i, None] * ((flat[mine] @ a.T) @ b.T))
+        term = gate[mine, i, None] * ((flat[mine] @ a.T) @ b.T)
+        added = added.index_add(0, mine, term.to(added.dtype))
     return config.scaling * added.reshape(*x.shape[:-1], -1)
 
 

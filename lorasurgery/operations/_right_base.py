@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import blake3
 
+from lorasurgery.adapter import Adapter
 from lorasurgery.arrays import as_bytes
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
@@ -21,6 +25,17 @@ def check_base(model: Model, resolved: Resolved) -> None:
                 f"{model.path}: {name} has {str(found)[:19]}, but the adapter belongs to a base where it "
                 f"has {wrong[0][:19]}. Name the base that it was trained on."
             )
+
+
+def bound(adapter: Adapter, digests: Mapping[str, str]) -> Adapter:
+    """The adapter with its weight's hash, by module, in each site that belongs to one base."""
+    sites = []
+    for site in adapter.sites:
+        if site.config.variant == "delta_lora" and site.module in digests:
+            extra = {**site.config.extra, "base": digests[site.module]}
+            site = replace(site, config=replace(site.config, extra=extra))  # noqa: PLW2901 - the same site
+        sites.append(site)
+    return replace(adapter, sites=tuple(sites))
 
 
 def digest(model: Model, name: str) -> str:

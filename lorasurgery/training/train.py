@@ -25,7 +25,7 @@ from lorasurgery.operations.algebra.adapter_output import (
 )
 from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
-from lorasurgery.report import Report, read_manifest
+from lorasurgery.report import Report, Result, read_manifest
 from lorasurgery.surgery import RunOptions, stamp
 from lorasurgery.training import setup, state, written
 from lorasurgery.training.interrupt import Interrupt
@@ -54,6 +54,8 @@ def train(base: Path, output: Path | None, options: TrainOptions, how: RunOption
     """
     started = time.perf_counter()
     inputs = {"base": base, **{f"data{i}": p for i, p in enumerate(_files(options))}}
+    if chosen := getattr(options.own, "keep", None):  # another choice of modules is another run
+        inputs["keep"] = Path(chosen)
     plan = _identity(inputs, options)
     if output is not None:
         check_apart(output, inputs.values())
@@ -154,22 +156,22 @@ class _Run:
             found |= {"eval_loss": trainer.best.loss, "best_step": trainer.best.step}
         return found
 
-    def _adapter(self, output: Output) -> tuple[Adapter, Dialect]:
-        detours, options = self.prepared.trainer.parts.detours, self.options
-        made = written.adapter(detours, options.name, output.path, self.prepared.settings)
+    def _adapter(self, output: Output) -> tuple[Adapter, Dialect, tuple[Result, ...]]:
+        parts, options = self.prepared.trainer.parts, self.options
+        made = written.adapter(parts.detours, options.name, output.path, self.prepared.settings)
+        made, read = written.on_base(self.base, made, parts.hooks.by_module())
         name = options.dialect or layout_for(made)
         dialect = cast(Dialect, plugins.load("dialects", name))
         made = as_written(made, name, "F32")
         check_variants(made, name, dialect)
-        return made, dialect
+        return made, dialect, read
 
     def _write(self, output: Output, report: Report) -> Report:
-        adapter, dialect = self._adapter(output)
+        adapter, dialect, read = self._adapter(output)
         with writing(output.partial, "the adapter"):
             dialect.write(adapter, output.partial)
         report = replace(report, seconds=time.perf_counter() - self.started)
-        read = written.digests(self.base, adapter)
         outcome = Outcome("train", adapter, self.inputs, self.options.settings, read, report.total)
         content = manifest_of(outcome, adapter, replace(report, results=read), self.plan)
         output.commit({MANIFEST: content})
-        return report
+        return replace(report, results=tuple(result for result in read if result.metrics))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.model import open_model
-from lorasurgery.operations._right_base import digest
+from lorasurgery.operations._right_base import bound, digest
 from lorasurgery.report import Result
 from lorasurgery.targets import resolve
 from lorasurgery.tensors import TensorInfo
@@ -38,11 +38,24 @@ def adapter(detours: Detours, base: str, path: Path, settings: Mapping[str, Any]
     )
 
 
-def digests(base: Path, adapter: Adapter) -> tuple[Result, ...]:
-    """The hash of each of the base's weights that the adapter is for, as a merge would note it."""
+def on_base(
+    base: Path, adapter: Adapter, figures: Mapping[str, Mapping[str, float]]
+) -> tuple[Adapter, tuple[Result, ...]]:
+    """The adapter bound to its base where it belongs to one; each of the base's weights that it is for.
+
+    Of these the results have the hash, as a merge would note it, and what is told of the module.
+    """
     model = open_model(base)
-    names = resolve(model, adapter, routed=True).targets
-    return tuple(Result(name, {}, {name: digest(model, name)}, {}) for name in names)
+    targets = resolve(model, adapter, routed=True).targets
+    read = {name: digest(model, name) for name in targets}
+    results: list[Result] = []
+    by_module: dict[str, str] = {}
+    for name, target in targets.items():
+        modules = [share.site.module for share in target.shares]
+        by_module |= dict.fromkeys(modules, read[name])
+        told = {key: value for m in modules for key, value in figures.get(m, {}).items()}
+        results.append(Result(name, told, {name: read[name]}, {}))
+    return bound(adapter, by_module), tuple(results)
 
 
 def _site(module: str, layer: Adapted) -> Site:

@@ -16,7 +16,7 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.checkpoint import MANIFEST, weight_files
 from lorasurgery.errors import FormatError, UsageError
-from lorasurgery.operations.algebra.made import nbytes, parameters
+from lorasurgery.operations.algebra.made import distinct, nbytes, parameters
 from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, manifest
@@ -62,7 +62,7 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
     for part in parts.values():
         check_variants(part, name, dialect)
     size = sum(map(_size, parts.values()))
-    numbers = sum(parameters(part.sites) for part in parts.values())
+    numbers = sum(parameters(distinct(part.sites)) for part in parts.values())
     total = {**outcome.total, "parameters": numbers, "bytes": size}
     report = Report(outcome.operation, outcome.results, 0.0, total, outcome.notes)
     if output is not None:
