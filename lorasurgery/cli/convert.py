@@ -65,7 +65,7 @@ def command(
         Mixing | None,
         typer.Option(
             "--mixture",
-            help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each.",
+            help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each; see --calibrate.",
         ),
     ] = None,
     init: Annotated[
@@ -85,7 +85,7 @@ def command(
         typer.Option(
             "--gates",
             metavar="G1,...,GN",
-            show_default="those recorded",
+            show_default="measured with --calibrate, or those recorded",
             help="The mean gates, or uniform.",
         ),
     ] = None,
