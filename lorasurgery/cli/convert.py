@@ -192,4 +192,8 @@ def _text(ways: list[Way]) -> str:
         ["variant", "to lora", "from lora"],
         *([w.variant, w.to_lora, w.from_lora] for w in ways),
     ]
-    return "\n".join([*table(rows), "", "One variant becomes another by way of lora."])
+    after = (
+        "One variant becomes another by way of lora. Of a start that took something out of the base (CorDA, "
+        "LoftQ), --init or --residual tells what."
+    )
+    return "\n".join([*table(rows), "", after])
