@@ -212,14 +212,19 @@ def test_explain_asks_every_variant() -> None:
         "to_lora": "static mixture at rank N r, or an expert (--mixture)", "from_lora": "exact",
     }  # fmt: skip
     assert found["vera"] == {"to_lora": "exact", "from_lora": "nearest"}
-    assert found["lokr"]["from_lora"] == "nearest"
+    assert found["lokr"] == {
+        "to_lora": "exact at rank 8r for [96, 80]", "from_lora": "nearest",
+    }  # fmt: skip
     assert found["delta_lora"] == {
         "to_lora": "exact at rank 2r", "from_lora": "exact, of the base",
     }  # fmt: skip
     assert found["ia3"]["from_lora"] == "no factors do"
     code, stdout, _ = cli("convert", "--explain")
     assert code == 0
-    assert stdout.splitlines()[-1] == "One variant becomes another by way of lora."
+    assert stdout.splitlines()[-1] == (
+        "One variant becomes another by way of lora. Of a start that took something out of the base (CorDA, "
+        "LoftQ), --init or --residual tells what."
+    )
 
 
 def test_errors(old: Path, lora: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_errors(tmp_path: Path) -> None:
         f"l.q.weight: {other} changes [20, 30], but {small} [20, 31]. They are for different bases.",
     )
     assert fails("diff", lora, "--inside", old) == (
-        2, "diff: --inside MODEL and --base DIR go together. Pass both or none.",
+        2, "diff: --inside MODEL needs what it was made of. Pass --base DIR.",
     )  # fmt: skip
     code, message = fails("diff", other, "--inside", old, "--base", old)
     assert code == 1

@@ -160,8 +160,8 @@ def test_errors(tmp_path: Path) -> None:
     )
     assert fails("convert", path, *out, "--mixture", "mean") == (
         2,
-        f"convert: nobody has recorded the mean gates of {first}, which has 3 experts. Pass --gates "
-        "G1,...,GN, or --gates uniform.",
+        f"convert: nobody has recorded the mean gates of {first}, which has 3 experts. Pass "
+        "--calibrate TEXT and --base DIR to measure them, --gates G1,...,GN, or --gates uniform.",
     )
     assert fails("convert", path, *out, "--mixture", "mean", "--gates", "0.5,0.5") == (
         1, f"{first}: has 3 experts, but its gates are [0.5, 0.5]. Pass --gates with as many shares.",

@@ -186,6 +186,11 @@ def _fresh(w: Tensor, config: AdapterConfig) -> dict[str, Tensor]:
 
 def _filled(w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Any:
     """Raises MatchError for a factor that PEFT's layer has not, or has and was not given, ValueRangeError for nan."""
+    if not w.isfinite().all():  # the SVD in TinyLoRA's start would fail with an error of its own
+        raise ValueRangeError(
+            f"{_module(config)}: its base weight holds nan or inf. Look for it in the base, and in the "
+            "adapter if that keeps a copy."
+        )
     for name, factor in factors.items():
         if not factor.isfinite().all():
             raise ValueRangeError(

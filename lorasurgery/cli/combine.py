@@ -30,7 +30,11 @@ def command(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="DIR", help="Their model, where a layout needs its sizes."),
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="Their model, where a layout needs its sizes or a change its weights.",
+        ),
     ] = None,
     rank: Rank = None,
     seed: Annotated[int, typer.Option("--seed", help="Of what DARE leaves to chance.")] = 0,

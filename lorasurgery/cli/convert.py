@@ -65,7 +65,7 @@ def command(
         Mixing | None,
         typer.Option(
             "--mixture",
-            help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each.",
+            help="Of a MoRAL: gates fixed at their means, its top expert, or a LoRA each; see --calibrate.",
         ),
     ] = None,
     init: Annotated[
@@ -85,7 +85,7 @@ def command(
         typer.Option(
             "--gates",
             metavar="G1,...,GN",
-            show_default="those recorded",
+            show_default="measured with --calibrate, or those recorded",
             help="The mean gates, or uniform.",
         ),
     ] = None,
@@ -192,4 +192,8 @@ def _text(ways: list[Way]) -> str:
         ["variant", "to lora", "from lora"],
         *([w.variant, w.to_lora, w.from_lora] for w in ways),
     ]
-    return "\n".join([*table(rows), "", "One variant becomes another by way of lora."])
+    after = (
+        "One variant becomes another by way of lora. Of a start that took something out of the base (CorDA, "
+        "LoftQ), --init or --residual tells what."
+    )
+    return "\n".join([*table(rows), "", after])

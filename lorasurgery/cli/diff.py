@@ -25,7 +25,12 @@ def command(
         str | None, typer.Option("--inside", metavar="MODEL", help="Which adapters does it hold?")
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="DIR", help="What --inside was made of.")
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="What --inside was made of, or what adapters' changes depend on.",
+        ),
     ] = None,
     allow_unmatched: AllowUnmatched = None,
     jobs: Annotated[
@@ -64,8 +69,9 @@ def _report(
     model, base = models
     if model is not None and base is not None:
         return inside(resolve(model), resolve(base), paths, allowed, how)
-    if model is not None or base is not None:
-        raise UsageError("diff: --inside MODEL and --base DIR go together. Pass both or none.")
+    if model is not None:
+        raise UsageError("diff: --inside MODEL needs what it was made of. Pass --base DIR.")
     if len(paths) != 2:
         raise UsageError(f"diff: compares two, not {len(paths)}. Pass two adapters or two models.")
-    return diff(resolve(paths[0]), resolve(paths[1]), allowed, how)
+    of = resolve(base) if base is not None else None
+    return diff(resolve(paths[0]), resolve(paths[1]), allowed, how, of)

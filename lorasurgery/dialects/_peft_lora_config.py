@@ -6,11 +6,12 @@ Checked against LoraConfig of peft 0.21; older versions wrote subsets of these f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorasurgery.adapter import AdapterConfig
+from lorasurgery.dialects._peft_lora_patterns import fitting, listed, match
 from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.layouts import EXPERTS
 from lorasurgery.plugins import suggestion
@@ -95,8 +96,8 @@ def check(path: Path, config: Mapping[str, Any]) -> list[Problem]:
 
 def site_config(config: Mapping[str, Any], key: str) -> AdapterConfig:
     """Rank and alpha of one module path; the patterns are regexes, the first that fits wins."""
-    rank = _pattern(config.get("rank_pattern"), key, config.get("r", 8))
-    alpha = _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+    rank = fitting(config.get("rank_pattern"), key, config.get("r", 8))
+    alpha = fitting(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
     try:
         rank, alpha = int(rank), float(alpha)
     except (TypeError, ValueError):
@@ -110,13 +111,6 @@ def site_config(config: Mapping[str, Any], key: str) -> AdapterConfig:
     return AdapterConfig(variant, rank, alpha, bool(config.get("use_rslora")))
 
 
-def _pattern(patterns: Mapping[str, Any] | None, key: str, otherwise: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if _match(rf"(.*\.)?({pattern})$", key):
-            return value
-    return otherwise
-
-
 def targeted(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT, given this config, would put an adapter on this module."""
     if _excluded(config.get("exclude_modules"), module) or saved(config, module):
@@ -127,14 +121,14 @@ def targeted(config: Mapping[str, Any], module: str) -> bool:
     if targets is None:
         return not config.get("target_parameters")
     if isinstance(targets, str):
-        return targets.lower() == "all-linear" or bool(_match(f"(?:{targets})$", module))
-    return _listed(targets, module) and _in_layers(config, module)
+        return targets.lower() == "all-linear" or bool(match(f"(?:{targets})$", module))
+    return listed(targets, module) and _in_layers(config, module)
 
 
 def saved(config: Mapping[str, Any], module: str) -> bool:
     """Whether the module, or one that holds it, is kept whole by modules_to_save."""
     names = config.get("modules_to_save") or ()
-    return any(_match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+    return any(match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
 
 def kept_whole(config: Mapping[str, Any], name: str) -> bool:
@@ -160,12 +154,8 @@ def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
 
 def _excluded(excluded: Any, module: str) -> bool:
     if isinstance(excluded, str):
-        return bool(_match(f"(?:{excluded})$", module))
-    return bool(excluded) and _listed(excluded, module)
-
-
-def _listed(names: Iterable[str], module: str) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
+        return bool(match(f"(?:{excluded})$", module))
+    return bool(excluded) and listed(excluded, module)
 
 
 def _in_layers(config: Mapping[str, Any], module: str) -> bool:
@@ -178,16 +168,7 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [
         r".*?\.[^.]*\.(?P<idx>\d+)\."
     ]
-    found = next((m for form in forms if (m := _match(form, module))), None)
+    found = next((m for form in forms if (m := match(form, module))), None)
     return found is not None and int(found["idx"]) in (
         [layers] if isinstance(layers, int) else layers
     )
-
-
-def _match(pattern: str, text: str) -> re.Match[str] | None:
-    try:
-        return re.match(pattern, text)
-    except re.error as error:
-        raise FormatError(
-            f"adapter_config.json: {pattern!r} is no regular expression ({error}). Mend it."
-        ) from None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("oft",)
 
+_SERIES_SINCE = "0.18.0"  # the PEFT whose series the variant has
 # the fields that say what the rotations are, and what they are where the config does not say
 _MEANING = {
     "block_share": False, "coft": False, "eps": 6e-5, "use_cayley_neumann": False,
@@ -77,7 +78,11 @@ def read(path: Path, config: Mapping[str, Any], source: Checkpoint) -> Adapter:
 
 def write(adapter: Adapter, folder: Path) -> None:
     """As peft.Form asks. Raises FormatError for blocks that differ in number and in size."""
-    fields = {n: writing.one_of_all(adapter, n, value) for n, value in _MEANING.items()}
+    # what a file does not say is false, and what a site does not say the variant's own
+    usual = {**_MEANING, "use_cayley_neumann": True}
+    fields = {n: writing.one_of_all(adapter, n, value) for n, value in usual.items()}
+    if fields["use_cayley_neumann"]:  # which series it is goes by PEFT's version
+        fields["peft_version"] = adapter.settings.get("peft_version") or _SERIES_SINCE
     writing.write(adapter, folder, _KIND, {**fields, **_blocks(adapter)}, _stored)
 
 
@@ -118,7 +123,7 @@ def _dated(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         return adapter
     said = str(config.get("peft_version") or "0.0.0").partition("@")[0]
     try:
-        old = Version(said) < Version("0.18.0")
+        old = Version(said) < Version(_SERIES_SINCE)
     except InvalidVersion:
         old = True
     if not old:

@@ -24,11 +24,12 @@ from lorasurgery.operations.algebra.adapter_output import (
     check_ready,
     publish,
 )
+from lorasurgery.operations.algebra.bias_sites import biases_added
 from lorasurgery.operations.algebra.combine_methods import METHODS, chance_of
+from lorasurgery.operations.algebra.factored import Factored, factored
 from lorasurgery.operations.algebra.interference import Factors, interference
 from lorasurgery.operations.algebra.made import (
     kept,
-    low_rank,
     name_of,
     nbytes,
     side_by_side,
@@ -81,23 +82,41 @@ class CombineOptions:
 class _Module:
     """One parameter, with the adapters that change it."""
 
-    shares: tuple[tuple[Adapter, Site, float], ...]
+    shares: tuple[tuple[Factored, Site, float], ...]
 
     @property
     def site(self) -> Site:
-        return self.shares[0][1]
+        """The first, whose layout the whole has."""
+        of, site, _ = self.shares[0]
+        return of.seen(site)
 
     @property
     def name(self) -> str:
-        return name_of(self.site)
+        return name_of(self.shares[0][1])
 
     def forms(self) -> list[Factors]:
-        """The factors of each change, weighed."""
-        found = []
-        for adapter, site, weight in self.shares:
-            a, b = low_rank(adapter, site)
+        """The factors of each change, weighed. Raises MatchError for changes of weights of two sizes."""
+        found: list[Factors] = []
+        for of, site, weight in self.shares:
+            a, b = of.factors(site)
             found.append((a, b * b.dtype.type(weight)))
+        sizes = [[*b.shape[:-1], a.shape[-1]] for a, b in found]
+        for (of, _, _), size in zip(self.shares, sizes, strict=True):
+            if size != sizes[0]:
+                raise MatchError(
+                    f"{self.name}: {self.shares[0][0].adapter.path} changes {sizes[0]}, but "
+                    f"{of.adapter.path} {size}. Combine adapters of one base."
+                )
         return found
+
+    def check(self, rank: int | None) -> None:
+        """Raises UsageError where nothing says how large the combined factors are to be."""
+        for of, site, _ in self.shares:
+            if rank is None and not of.small(site):
+                raise UsageError(
+                    f"{of.adapter.path}: {self.name} is {site.config.variant}, whose change has no small rank "
+                    "of its own. Pass --rank: the nearest of that rank is found."
+                )
 
 
 def combine(
@@ -115,12 +134,15 @@ def combine(
     inputs |= {"base": options.base} if options.base else {}
     check_ready(output, inputs, how)
     notes = [note for adapter, _ in opened for note in usable(adapter, options.allowed)]
-    modules, wholes = _modules(opened), combined(opened)
+    parts = [(factored(adapter, model), weight) for adapter, weight in opened]
+    modules, wholes = _modules(parts), combined(opened)
+    for module in modules:
+        module.check(options.rank)
     items = [(m.name, sum(nbytes(s) for _, s, _ in m.shares), m) for m in modules]
     made = side_by_side(items, lambda module: _combine(module, options), how)
     results = tuple(result for _, result in made)
     adapter = _adapter(opened, [site for site, _ in made], wholes)
-    adapter = replace(adapter, base_config=model.config) if model else adapter
+    adapter = biases_added(replace(adapter, base_config=model.config) if model else adapter)
     shown = {"adapters": [f"{a.path}:{w:g}" for a, w in opened], **options.settings}
     outcome = Outcome(
         "combine", adapter, inputs, shown, results,
@@ -130,33 +152,12 @@ def combine(
     return publish(outcome, output, options.form, how)
 
 
-def _modules(opened: Sequence[tuple[Adapter, float]]) -> list[_Module]:
-    found: dict[str, list[tuple[Adapter, Site, float]]] = {}
-    for adapter, weight in opened:
-        for site in adapter.sites:
-            found.setdefault(name_of(site), []).append((adapter, site, weight))
-    modules = [_Module(tuple(shares)) for shares in found.values()]
-    for module in modules:
-        _check_shapes(module)
-    return modules
-
-
-def _check_shapes(module: _Module) -> None:
-    first, site, _ = module.shares[0]
-    for adapter, other, _ in module.shares[1:]:
-        if _shape(site) != _shape(other):
-            raise MatchError(
-                f"{module.name}: {first.path} changes {list(_shape(site))}, but {adapter.path} "
-                f"{list(_shape(other))}. Combine adapters of one base."
-            )
-
-
-def _shape(site: Site) -> tuple[int, ...]:
-    """Of the weight, as far as the factors of a variant tell: [out, in], or [experts, out, in]."""
-    if {"A", "B"} <= site.factors.keys():
-        b = site.factors["B"].shape
-        return (*b[:-1], site.factors["A"].shape[-1])
-    return ()
+def _modules(parts: Sequence[tuple[Factored, float]]) -> list[_Module]:
+    found: dict[str, list[tuple[Factored, Site, float]]] = {}
+    for of, weight in parts:
+        for site in of.adapter.sites:
+            found.setdefault(name_of(site), []).append((of, site, weight))
+    return [_Module(tuple(shares)) for shares in found.values()]
 
 
 def _combine(module: _Module, options: CombineOptions) -> tuple[Site, Result]:

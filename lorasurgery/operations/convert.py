@@ -15,6 +15,7 @@ from lorasurgery.operations._adapters import open_adapter
 from lorasurgery.operations.activations.calibration import Calibration, inputs_of
 from lorasurgery.operations.activations.gather import gather
 from lorasurgery.operations.activations.probe import Moment
+from lorasurgery.operations.activations.routers import OnText, note_of
 from lorasurgery.operations.activations.weighed import totals
 from lorasurgery.operations.algebra.adapter_output import (
     AdapterFormat,
@@ -93,10 +94,14 @@ class ConvertOptions:
             )
         if self.start.residual:
             raise UsageError("--calibrate: does not run a residual. Convert once more with it.")
-        if self.capped.rank is None and self.capped.energy is None:
+        if not self.cut and not self.mixture.fixed:
             raise UsageError(
                 "--calibrate: weighs what is cut off, and nothing is. Pass --rank or --energy."
             )
+
+    @property
+    def cut(self) -> bool:
+        return self.capped.rank is not None or self.capped.energy is not None
 
     @property
     def padded(self) -> bool:
@@ -133,33 +138,40 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     model = open_model(options.base) if options.base else None
     if model is not None:
         adapter = replace(completed(model, adapter), base_config=model.config)
-    parts = {".": adapter}
+    parts, text = {".": adapter}, None
     if options.to and options.to not in {s.config.variant for s in adapter.sites if routed(s)}:
-        parts = unrouted(adapter, options.mixture)
+        text = _on_text(adapter, model, options)
+        seen = text.gates(how) if text and options.mixture.measured else adapter
+        parts = unrouted(seen, options.mixture)
     made = {folder: _made(part, model, options, how) for folder, part in parts.items()}
     shown = tuple(replace(r, name=_under(f, r)) for f, part in made.items() for r in part.shown)
     results = [result for part in made.values() for result in part.results]
     notes += [note for part in made.values() for note in part.notes]
-    fixed = (
-        {name_of(s) for s in adapter.sites if routed(s)} if options.mixture.fixed else set[str]()
-    )
-    if fixed:
-        shown, results = (
-            tuple(of_mixture(shown, fixed)),
-            [r for r in results if r.name not in fixed],
-        )
-        notes.append(
-            f"in {len(fixed)} modules fixed gates stand for the router, whose error only text would show: "
-            "exact where the gates do not depend on the token."
-        )
+    routers = {name_of(s) for s in adapter.sites if routed(s)}
+    more: dict[str, float] = {}
+    if options.mixture.fixed and routers:
+        lacking = text.errors(made["."].adapter, how) if text else {}
+        shown = tuple(of_mixture(shown, routers, lacking))
+        results = [r for r in results if r.name not in routers]
+        more = {k: v for k, v in totals(shown).items() if lacking and k == "output_error"}
+        notes += note_of(len(routers), options.calibration if lacking else None)
     exact = sum(int(r.metrics["exact_form"]) for r in shown)
     written = {folder: part.adapter for folder, part in made.items()}
     outcome = Outcome(
         "convert", next(iter(written.values())), inputs, options.settings, shown,
-        {"modules": len(shown), "exact_modules": exact, **_totals(results)},
+        {"modules": len(shown), "exact_modules": exact, **_totals(results), **more},
         tuple(notes), started, written,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
+
+
+def _on_text(adapter: Adapter, model: Model | None, options: ConvertOptions) -> OnText | None:
+    """What runs the mixture itself, where gates that are fixed stand for it and a text is given."""
+    if not options.mixture.fixed or options.calibration is None or model is None:
+        return None
+    if not any(map(routed, adapter.sites)):
+        return None
+    return OnText(adapter, site_weights(model, adapter, routed=True), options.calibration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +186,7 @@ class _Made:
 
 def _made(adapter: Adapter, model: Model | None, options: ConvertOptions, how: RunOptions) -> _Made:
     seen = None
-    if model is not None and options.calibration:
+    if model is not None and options.calibration and options.cut:
         seen = gather(adapter, site_weights(model, adapter), options.calibration, how)
     relaid = options.layout.before(adapter, model)
     moments = seen.moments if seen else None

@@ -9,22 +9,28 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasurgery.adapter import Adapter, Site
+from lorasurgery.adapter import Site
 from lorasurgery.arrays import Array
 from lorasurgery.edit import tile_rows
 from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import dialect_of, open_adapter
+from lorasurgery.operations.algebra.factored import Factored, factored
 from lorasurgery.operations.algebra.interference import inner, interference
-from lorasurgery.operations.algebra.made import low_rank, name_of, nbytes, side_by_side, usable
+from lorasurgery.operations.algebra.made import name_of, nbytes, side_by_side, usable
 from lorasurgery.operations.algebra.subspace import square
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import TILE_BYTES, RunOptions
 from lorasurgery.tensors import BITS
 
 
-def diff(a: Path, b: Path, allowed: tuple[str, ...], how: RunOptions) -> Report:
-    """Two adapters or two checkpoints. Raises UsageError for one of each, MatchError for no common part."""
+def diff(
+    a: Path, b: Path, allowed: tuple[str, ...], how: RunOptions, base: Path | None = None
+) -> Report:
+    """Two adapters or two checkpoints; `base` where an adapter's changes depend on it.
+
+    Raises UsageError for one of each, MatchError for no common part.
+    """
     kinds = [dialect_of(path) is not None for path in (a, b)]
     if kinds[0] != kinds[1]:
         one, other = (a, b) if kinds[0] else (b, a)
@@ -32,12 +38,16 @@ def diff(a: Path, b: Path, allowed: tuple[str, ...], how: RunOptions) -> Report:
             f"diff: {one} is an adapter, {other} is none. Compare two of a kind, or ask --inside."
         )
     if kinds[0]:
-        return _adapters(open_adapter(a), open_adapter(b), allowed, how)
+        model = open_model(base) if base else None
+        old, new = (factored(open_adapter(path), model) for path in (a, b))
+        return _adapters(old, new, allowed, how)
+    if base:
+        raise UsageError("diff: --base is for adapters whose changes depend on it. Take it away.")
     return _checkpoints(open_model(a), open_model(b), how)
 
 
-def _adapters(a: Adapter, b: Adapter, allowed: tuple[str, ...], how: RunOptions) -> Report:
-    started = time.perf_counter()
+def _adapters(one: Factored, other: Factored, allowed: tuple[str, ...], how: RunOptions) -> Report:
+    started, a, b = time.perf_counter(), one.adapter, other.adapter
     notes = [*usable(a, allowed), *usable(b, allowed)]
     old, new = ({name_of(s): s for s in x.sites} for x in (a, b))
     names = [n for n in old if n in new]
@@ -46,7 +56,7 @@ def _adapters(a: Adapter, b: Adapter, allowed: tuple[str, ...], how: RunOptions)
             f"{b.path}: adapts no module that {a.path} adapts. Check that they are for one base."
         )
     items = [(n, nbytes(old[n]) + nbytes(new[n]), n) for n in names]
-    results = side_by_side(items, lambda n: _module((a, old[n]), (b, new[n])), how)
+    results = side_by_side(items, lambda n: _module((one, old[n]), (other, new[n])), how)
     notes += _alone(a.path, [n for n in old if n not in new])
     notes += _alone(b.path, [n for n in new if n not in old])
     total = {"modules": len(names), **_total(results)}
@@ -54,12 +64,12 @@ def _adapters(a: Adapter, b: Adapter, allowed: tuple[str, ...], how: RunOptions)
     return Report("diff", tuple(results), seconds, total, tuple(notes))
 
 
-def _module(old: tuple[Adapter, Site], new: tuple[Adapter, Site]) -> Result:
-    a, b = low_rank(*old), low_rank(*new)
+def _module(old: tuple[Factored, Site], new: tuple[Factored, Site]) -> Result:
+    a, b = old[0].factors(old[1]), new[0].factors(new[1])
     name = name_of(old[1])
     if (a[0].shape[-1], a[1].shape[:-1]) != (b[0].shape[-1], b[1].shape[:-1]):
         raise MatchError(
-            f"{name}: {old[0].path} changes {[*a[1].shape[:-1], a[0].shape[-1]]}, but {new[0].path} "
+            f"{name}: {old[0].adapter.path} changes {[*a[1].shape[:-1], a[0].shape[-1]]}, but {new[0].adapter.path} "
             f"{[*b[1].shape[:-1], b[0].shape[-1]]}. They are for different bases."
         )
     aa, bb, ab = inner(a, a), inner(b, b), inner(a, b)

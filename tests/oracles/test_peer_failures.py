@@ -64,7 +64,7 @@ def test_peft_converts_it_to_something_else(bases: Bases, tmp_path: Path, kind: 
     assert (got - wanted).norm() > 0.05 * (wanted - outputs(base.load())).norm()
 
 
-def test_one_dora_alone_is_refused_where_peft_sums_it_to_something_else(
+def test_one_dora_alone_is_itself_where_peft_sums_it_to_something_else(
     bases: Bases, tmp_path: Path
 ) -> None:
     base = bases("llama")
@@ -74,12 +74,17 @@ def test_one_dora_alone_is_refused_where_peft_sums_it_to_something_else(
     model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")
     model.set_adapter("sum")
     assert (outputs(model) - wanted).norm() > 0.05 * (wanted - outputs(base.load())).norm()
-    result = surgery("combine", f"{adapter}:1", "-o", tmp_path / "out")
-    assert result.exit_code == 1
-    assert result.stderr == (
-        f"error: {adapter}: model.layers.0.mlp.up_proj.weight is dora, whose change is no product of small "
-        "factors. Convert it first: lorasurgery convert --to lora.\n"
-    )
+    lines = ("combine", f"{adapter}:1", "-o", tmp_path / "out")
+    done(*lines, "--rank", 32, "--base", base.path)
+    same_parameters(merged_by_peft(base, tmp_path / "out"), merged_by_peft(base, adapter), 1e-5)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for more, missing in (
+        ((), "has no small rank of its own. Pass --rank: the nearest of that rank is found"),
+        (("--rank", 4), "depends on the weight. Pass --base DIR"),
+    ):
+        result = surgery("combine", f"{adapter}:1", "-o", tmp_path / "other", *more)
+        assert result.exit_code == 2
+        assert result.stderr == f"error: {adapter}: {name} is dora, whose change {missing}.\n"
 
 
 @pytest.mark.parametrize("more", [{"use_rslora": True}, {"lora_bias": True}], ids=str)

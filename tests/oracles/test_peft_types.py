@@ -28,6 +28,8 @@ LINEAR = {
     for case in OTHERS
     if case.config.peft_type not in ("LN_TUNING", "BEFT", "TRAINABLE_TOKENS")
 }
+# whose files keep a copy of the base's embedding, which PEFT's start would fail at before the change
+EMBEDDED = [case for case in OTHERS if case.name.endswith("with an embedding")]
 # and those which change biases too, which LoRA holds as what is added to them
 BIASED = [
     case for case in [*OTHERS, *IA3] if {"ROAD", "GLORA", "IA3"} & {case.config.peft_type.value}
@@ -63,7 +65,7 @@ def test_as_lora_of_full_rank_it_is_merged_as_before(
     same_parameters(merged_by_peft(base, lora), merged_by_peft(base, adapter), 1e-5)
 
 
-@pytest.mark.parametrize("case", LINEAR.values(), ids=str)
+@pytest.mark.parametrize("case", [*LINEAR.values(), *EMBEDDED], ids=str)
 def test_a_factor_that_is_missing_or_holds_nan_is_one_error(
     bases: Bases, tmp_path: Path, case: Case
 ) -> None:
@@ -79,7 +81,7 @@ def test_a_factor_that_is_missing_or_holds_nan_is_one_error(
         ):  # GLoRA saves what it has not as zeros
             spoilt[key].view(-1)[0] = float("nan")
             one_error(base, replaced(whole, f"nan{n}", spoilt))
-        if len(own) > 1:
+        if len(own) > 1 and not key.endswith("base_layer.weight"):
             one_error(
                 base, replaced(whole, f"less{n}", {k: t for k, t in held.items() if k != key})
             )

@@ -44,7 +44,8 @@ def gather(
     model = load(weights.model.path)
     tokens = calibration.read(model)
     parts = list(windows(tokens, calibration.window))
-    probes = _probes(adapter, weights, model)
+    live = Live(adapter, weights, model)
+    probes = [live.probe(site) for site in live.sites]
     passes = _passes(probes, how.max_memory or _MEMORY)
     with torch.inference_mode(), ExitStack() as hooks:
         for probe in probes:
@@ -63,45 +64,54 @@ def gather(
     return Activations(moments, seen, tuple(_notes(adapter, calibration, moments, seen)))
 
 
-def _probes(adapter: Adapter, weights: SiteWeights, model: LanguageModel) -> list[Probe]:
-    live: dict[str, Any] = dict(model.model.named_modules())
-    wanted = [f"{site.module}.weight" for site in adapter.sites]
-    names = Names([f"{n}.weight" for n, m in live.items() if hasattr(m, "weight")], wanted)
-    # a base need not have a place for all
-    sites = [site for site in adapter.sites if name_of(site) in weights.shares]
-    return [_probe(adapter, site, weights, names, live) for site in sites]
+class Live:
+    """An adapter's sites as modules of the model that transformers has built of the base."""
 
+    def __init__(self, adapter: Adapter, weights: SiteWeights, model: LanguageModel) -> None:
+        self.adapter, self._weights = adapter, weights
+        self._live: dict[str, Any] = dict(model.model.named_modules())
+        wanted = [f"{site.module}.weight" for site in adapter.sites]
+        held = [f"{n}.weight" for n, m in self._live.items() if hasattr(m, "weight")]
+        self._names = Names(held, wanted)
 
-def _probe(
-    adapter: Adapter, site: Site, weights: SiteWeights, names: Names, live: Mapping[str, Any]
-) -> Probe:
-    import torch
-    from transformers.pytorch_utils import Conv1D
+    @property
+    def sites(self) -> list[Site]:
+        """Those that the base has a place for, and it need not have one for all."""
+        return [site for site in self.adapter.sites if name_of(site) in self._weights.shares]
 
-    name = name_of(site)
-    stored = names.find(f"{site.module}.weight")
-    module = live[stored.removesuffix(".weight")] if stored else None
-    known = isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D))
-    if not known or site.parameter != "weight":
-        what = "no module's weight"
-        if module is not None:
-            what = f"the {site.parameter} of a {type(module).__name__}"
-        raise MatchError(
-            f"{adapter.path}: {name} is {what} to transformers, and inputs are seen of linear layers and "
-            "embeddings alone. Leave out --calibrate."
+    def module(self, site: Site) -> tuple[Any, bool]:
+        """Its module, and whether inputs are in the rows of what the site changes."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        name = name_of(site)
+        stored = self._names.find(f"{site.module}.weight")
+        module = self._live[stored.removesuffix(".weight")] if stored else None
+        known = isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D))
+        if not known or site.parameter != "weight":
+            what = "no module's weight"
+            if module is not None:
+                what = f"the {site.parameter} of a {type(module).__name__}"
+            raise MatchError(
+                f"{self.adapter.path}: {name} is {what} to transformers, and inputs are seen of linear "
+                "layers and embeddings alone. Leave out --calibrate."
+            )
+        # a site that means a tensor as it is stored has inputs in its rows where a linear layer is turned
+        return module, isinstance(module, torch.nn.Embedding) or (
+            isinstance(module, Conv1D) and site.layout == "parameter"
         )
-    # a site that means a tensor as it is stored has inputs in its rows where a linear layer is turned
-    turned = isinstance(module, torch.nn.Embedding) or (
-        isinstance(module, Conv1D) and site.layout == "parameter"
-    )
-    form = pair(site)
-    if form is not None:
-        check_finite(adapter, site, *form)
-        a, b = (form[1].T, form[0].T) if turned else form
-        return Probe(name, module, a, b, turned=turned)
-    delta = variant_of(site).delta(weights.read(site), site.load(), site.config)
-    check_finite(adapter, site, delta)
-    return Probe(name, module, None, delta.T if turned else delta, turned=turned)
+
+    def probe(self, site: Site) -> Probe:
+        """Raises MatchError for a module that is no linear layer or embedding, ValueRangeError for nan."""
+        name, (module, turned) = name_of(site), self.module(site)
+        form = pair(site)
+        if form is not None:
+            check_finite(self.adapter, site, *form)
+            a, b = (form[1].T, form[0].T) if turned else form
+            return Probe(name, module, a, b, turned=turned)
+        delta = variant_of(site).delta(self._weights.read(site), site.load(), site.config)
+        check_finite(self.adapter, site, delta)
+        return Probe(name, module, None, delta.T if turned else delta, turned=turned)
 
 
 def _passes(probes: Sequence[Probe], memory: int) -> list[list[Probe]]:

@@ -61,7 +61,7 @@ class Probe:
     ) -> Tensor:
         """The output that the adapted module would have."""
         given = args[0] if args else next(iter(kwargs.values()))
-        change = self._look_up(given) if self._picks else self._multiply(given)
+        change = self._look_up(given) if self._picks else self.change(given)
         return output + change.reshape(output.shape).to(output.dtype)
 
     def moment(self) -> Moment:
@@ -69,7 +69,8 @@ class Probe:
         second = (self._second / self.tokens).numpy()
         return Moment(self._square / self.tokens, second, self._columns, self.turned)
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def change(self, x: Tensor) -> Tensor:
+        """What is added to a linear layer's outputs: x [..., in] -> [tokens, out]."""
         x = x.reshape(-1, self._columns).float()
         u = x if self._a is None else x @ self._a.T  # [tokens, k]
         if self.counting:

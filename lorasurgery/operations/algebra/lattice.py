@@ -41,7 +41,9 @@ def _way(name: str) -> Way:
         nearest = "static mixture at rank N r, or an expert (--mixture)"
     return Way(
         name,
-        _NAMES.get(rank, f"exact at rank {rank} for {_RANK}") if rank else nearest,
+        _NAMES.get(rank, f"exact at rank {rank / _RANK:g}r for [{_OUT}, {_IN}]")
+        if rank
+        else nearest,
         _from_lora(name, base or (", of the base" if getattr(variant, "BOUND", False) else "")),
     )
 

@@ -28,7 +28,7 @@ WAYS: tuple[Way, ...] = get_args(Way)
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What becomes of the router; `gates` for all modules, None: each module's recorded means."""
+    """What becomes of the router; `gates` for all modules, None: each module's means on a text, or as recorded."""
 
     way: Way | None = None
     gates: tuple[float, ...] | None = None
@@ -38,6 +38,11 @@ class Mixture:
     def fixed(self) -> bool:
         """Whether gates that do not depend on the token stand for the router."""
         return self.way in ("mean", "top")
+
+    @property
+    def measured(self) -> bool:
+        """Whether a text may say which gates: nobody has."""
+        return self.fixed and self.gates is None and not self.uniform
 
     def check(self) -> None:
         """Raises UsageError or ValueRangeError."""
@@ -124,7 +129,7 @@ def _gates(site: Site, mixture: Mixture) -> Array:
     if found is None:
         raise UsageError(
             f"convert: nobody has recorded the mean gates of {name_of(site)}, which has {n} experts. "
-            "Pass --gates G1,...,GN, or --gates uniform."
+            "Pass --calibrate TEXT and --base DIR to measure them, --gates G1,...,GN, or --gates uniform."
         )
     gates = np.array([float(g) for g in cast(Sequence[float], found)], np.float32)
     if len(gates) != n or not np.isfinite(gates).all() or gates.min() < 0 or not gates.sum():
@@ -158,14 +163,21 @@ def _lora(
     return replace(site, config=config, factors=infos, load=load, sides=(None, None))
 
 
-def of_mixture(results: Iterable[Result], fixed: Collection[str]) -> Iterator[Result]:
-    """What was cut off is of the mixture; the router's part is not known."""
+def of_mixture(
+    results: Iterable[Result],
+    fixed: Collection[str],
+    on_text: Mapping[str, Mapping[str, float]],
+) -> Iterator[Result]:
+    """What was cut off is of the mixture; the router's part is what a text has shown, if one was read."""
     lost = ("relative_error", "weight_error", "energy", "error2", "norm2", "bytes", "exact_form")
     for result in results:
         if result.name not in fixed or "relative_error" not in result.metrics:
             yield result
             continue
         of = result.metrics
-        others = {k: v for k, v in of.items() if k not in lost}
+        others = {
+            k: v for k, v in of.items() if k not in lost and not k.startswith(("output_", "unweighted_"))
+        }  # fmt: skip
         cut = {"mixture_error": of["relative_error"], "bytes": of["bytes"]}
-        yield replace(result, metrics={"exact_form": 0.0, **others, **cut})
+        text = on_text.get(result.name, {})
+        yield replace(result, metrics={"exact_form": 0.0, **others, **cut, **text})

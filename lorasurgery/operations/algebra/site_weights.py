@@ -67,9 +67,12 @@ class SiteWeights:
         return np.stack(experts)
 
 
-def site_weights(model: Model, adapter: Adapter) -> SiteWeights:
-    """Raises MatchError for a site that no tensor of the model holds, or that is for another model."""
-    resolved = resolve(model, adapter)
+def site_weights(model: Model, adapter: Adapter, *, routed: bool = False) -> SiteWeights:
+    """Raises MatchError for a site that no tensor of the model holds, or that is for another model.
+
+    `routed`: what depends on the token has weights, too, though it is no change of them.
+    """
+    resolved = resolve(model, adapter, routed=routed)
     if problems := [*resolved.problems, *unmatched(model, resolved)]:
         raise MatchError(f"{adapter.path}: {problems[0].message}. Check --base.")
     check_base(model, resolved)

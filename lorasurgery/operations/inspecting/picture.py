@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_KINDS = 10  # colours
 _LAYER = re.compile(r"\.(\d+)\.")
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -82,14 +84,42 @@ def spectra_picture(
     shown = grid(heat)
     figure = _figure(7.5 + 0.45 * len(shown.modules), max(4.5, 1.8 + 0.2 * len(shown.layers)))
     left, right = figure.subplots(1, 2)
-    for singular in values.values():
-        left.semilogy(range(1, len(singular) + 1), singular, color="C0", alpha=0.25, linewidth=1)
-    left.set_xlabel("index")
-    left.set_ylabel("singular value of the change")
-    left.set_title(f"{len(values)} modules")
-    high = max((v for v in heat.values() if v == v), default=1.0)  # noqa: PLR0124 - nan is no number
-    _cells(right, shown, Scale("effective rank", 0.0, high))
+    _lines(left, values)
+    known = [v for v in heat.values() if not math.isnan(v)] or [1.0]
+    # alike but for a rounding, they are of one colour
+    low = min(known) if min(known) < 0.99 * max(known) else 0.0
+    _cells(right, shown, Scale("effective rank", low, max(known)))
     _save(figure, path)
+
+
+def _lines(axes: Axes, values: Mapping[str, Sequence[float]]) -> None:
+    """A line for each module, a colour for each kind of module."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    kinds = list(dict.fromkeys(map(_kind, values)))
+    for name, singular in values.items():
+        colour = f"C{kinds.index(_kind(name)) % 10}"
+        axes.semilogy(
+            range(1, len(singular) + 1), singular, color=colour, alpha=0.35, linewidth=1,
+            marker="." if len(singular) == 1 else "",
+        )  # fmt: skip
+    if len(kinds) <= _KINDS:
+        for i, kind in enumerate(kinds):
+            axes.plot([], [], color=f"C{i}", label=kind)
+        axes.legend(fontsize="small")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain)
+    axes.yaxis.set_tick_params(which="minor", labelsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value of the change")
+    axes.set_title("1 module" if len(values) == 1 else f"{len(values)} modules")
+
+
+def _kind(name: str) -> str:
+    """q_proj of a tensor's name."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -103,7 +133,9 @@ def _cells(axes: Axes, shown: Grid, scale: Scale) -> None:
     image = axes.imshow(
         shown.values, aspect="auto", cmap="viridis", vmin=scale.low, vmax=scale.high
     )
-    axes.set_xticks(range(len(shown.modules)), shown.modules, rotation=60, ha="right")
+    axes.set_xticks(
+        range(len(shown.modules)), shown.modules, rotation=60, ha="right", rotation_mode="anchor"
+    )
     axes.set_yticks(range(len(shown.layers)), shown.layers)
     axes.set_ylabel("layer")
     axes.set_title(scale.title)

@@ -167,7 +167,10 @@ def _doubt(tile: Tile, d: Array, kind: str, scale: float) -> Array:
     lengths = np.outer(np.linalg.norm(tile.b, axis=1), np.linalg.norm(tile.a, axis=0))
     terms = np.float32((len(tile.a) + 4) * 2.0**-23) * lengths.astype(np.float32)
     if tile.given is not None:  # made of the whole weight, by products of unknown order
-        terms = np.float32(2.0**-18) * (np.abs(tile.w) + np.abs(d))
+        sizes = np.abs(tile.w) + np.abs(d)
+        # where w is 0, as often in NF4, terms as large as the row's others may have cancelled
+        most = sizes.max(axis=1, keepdims=True, initial=0.0)
+        terms = np.float32(2.0**-18) * sizes + np.float32(2.0**-21) * most
     doubt: Array = terms + np.float32(DELTA_ERROR[kind]) * np.abs(d)
     if kind != "F32" and len(tile.a):
         doubt += np.float32((1 + scale) * _SMALLEST[kind] / 2)
