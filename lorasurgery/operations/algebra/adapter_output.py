@@ -71,7 +71,9 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
 
 
 def _size(adapter: Adapter) -> int:
-    return sum(map(nbytes, distinct(adapter.sites))) + sum(i.nbytes for i in adapter.replaced.values())
+    return sum(map(nbytes, distinct(adapter.sites))) + sum(
+        i.nbytes for i in adapter.replaced.values()
+    )
 
 
 def _write(
