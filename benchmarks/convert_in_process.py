@@ -19,7 +19,8 @@ import torch
 from peft import AdaLoraConfig, PeftModel, VeraConfig, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lorasurgery.operations.convert import ConvertOptions, convert
+from lorasurgery.operations.algebra.convert_options import ConvertOptions
+from lorasurgery.operations.convert import convert
 from lorasurgery.surgery import RunOptions
 
 RANK = 64

@@ -18,7 +18,8 @@ from lorasurgery.adapter import AdapterConfig
 from lorasurgery.cli.app import app
 from lorasurgery.errors import LoraSurgeryError, UsageError
 from lorasurgery.operations.algebra.adapter_output import AdapterFormat
-from lorasurgery.operations.convert import ConvertOptions, convert
+from lorasurgery.operations.algebra.convert_options import ConvertOptions
+from lorasurgery.operations.convert import convert
 from lorasurgery.operations.merge import merge
 from lorasurgery.operations.merging.options import MergeOptions
 from lorasurgery.surgery import RunOptions

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from lorasurgery.cli.app import app
 from lorasurgery.errors import FormatError, LoraSurgeryError, MatchError, UsageError
 from lorasurgery.operations.algebra.adapter_output import AdapterFormat
-from lorasurgery.operations.convert import ConvertOptions, convert
+from lorasurgery.operations.algebra.convert_options import ConvertOptions
+from lorasurgery.operations.convert import convert
 from lorasurgery.surgery import RunOptions
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.batches import collate

@@ -130,12 +130,13 @@ def command(
     """
     from lorasurgery.model import resolve
     from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+    from lorasurgery.operations.algebra.convert_options import ConvertOptions
     from lorasurgery.operations.algebra.into import Chosen
     from lorasurgery.operations.algebra.lattice import lattice
     from lorasurgery.operations.algebra.mixture import Mixture
     from lorasurgery.operations.algebra.nearest import Aim
     from lorasurgery.operations.algebra.started import Start
-    from lorasurgery.operations.convert import ConvertOptions, convert
+    from lorasurgery.operations.convert import convert
     from lorasurgery.operations.convert_for import FitOptions, convert_for
     from lorasurgery.operations.layouts.layout import Layout
     from lorasurgery.tensors import DTYPE_NAMES

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Site
-from lorasurgery.errors import UsageError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
-from lorasurgery.operations.activations.calibration import Calibration, inputs_of
+from lorasurgery.operations.activations.calibration import inputs_of
 from lorasurgery.operations.activations.gather import gather
 from lorasurgery.operations.activations.probe import Moment
 from lorasurgery.operations.activations.routers import OnText, note_of
 from lorasurgery.operations.activations.weighed import totals
 from lorasurgery.operations.algebra.adapter_output import (
-    AdapterFormat,
     Outcome,
     check_ready,
     publish,
 )
 from lorasurgery.operations.algebra.bias_sites import biases_added
+from lorasurgery.operations.algebra.convert_options import ConvertOptions
 from lorasurgery.operations.algebra.convert_site import Conversion, Converted, convert_site
-from lorasurgery.operations.algebra.into import Chosen, Form
+from lorasurgery.operations.algebra.into import Form
 from lorasurgery.operations.algebra.made import (
     each,
     kept,
@@ -35,93 +33,14 @@ from lorasurgery.operations.algebra.made import (
     variant_of,
     with_sites,
 )
-from lorasurgery.operations.algebra.mixture import Mixture, of_mixture, routed, unrouted
-from lorasurgery.operations.algebra.nearest import Aim, check_rank, total
+from lorasurgery.operations.algebra.mixture import of_mixture, routed, unrouted
+from lorasurgery.operations.algebra.nearest import total
 from lorasurgery.operations.algebra.site_weights import SiteWeights, site_weights
-from lorasurgery.operations.algebra.started import Start
 from lorasurgery.operations.algebra.svd import padded
-from lorasurgery.operations.layouts.layout import Layout
 from lorasurgery.operations.layouts.relaid import Relaid
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 from lorasurgery.targets import completed
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """`folded`: alpha = rank, the scale in B; `uniform`: one rank for all modules, zeros where it was less.
-
-    `to`: "" keeps each module's variant, where a layout is all that is asked for.
-    """
-
-    to: str = "lora"
-    layout: Layout = field(default_factory=Layout)
-    base: Path | None = None
-    aim: Aim = field(default_factory=Aim)
-    mixture: Mixture = field(default_factory=Mixture)
-    chosen: Chosen = field(default_factory=Chosen)
-    start: Start = field(default_factory=Start)
-    folded: bool = False
-    uniform: bool = False
-    allowed_ranks: tuple[int, ...] = ()
-    allowed: tuple[str, ...] = ()
-    form: AdapterFormat = field(default_factory=AdapterFormat)
-    calibration: Calibration | None = None
-
-    def check(self) -> None:
-        """Raises UnknownNameError, UsageError or ValueRangeError."""
-        if self.to or not self.layout.asked:
-            plugins.load("adapters", self.to)
-        self.aim.check()
-        self.mixture.check()
-        self.start.check()
-        self.layout.check()
-        for rank in self.allowed_ranks:
-            check_rank(rank, "--ranks-allowed")
-        if self.calibration:
-            self._check_calibration(self.calibration)
-        if self.padded and self.to != "lora":
-            raise UsageError(
-                f"--to {self.to or 'VARIANT'}: --uniform-rank and --ranks-allowed are of LoRA. "
-                + ("Take them away." if self.to else "Pass --to lora.")
-            )
-
-    def _check_calibration(self, calibration: Calibration) -> None:
-        calibration.check(self.base)
-        if self.layout.asked:
-            raise UsageError(
-                "--calibrate: runs modules as they are. Convert once more for --projections and --experts."
-            )
-        if self.start.residual:
-            raise UsageError("--calibrate: does not run a residual. Convert once more with it.")
-        if not self.cut and not self.mixture.fixed:
-            raise UsageError(
-                "--calibrate: weighs what is cut off, and nothing is. Pass --rank or --energy."
-            )
-
-    @property
-    def cut(self) -> bool:
-        return self.capped.rank is not None or self.capped.energy is not None
-
-    @property
-    def padded(self) -> bool:
-        return self.uniform or bool(self.allowed_ranks)
-
-    @property
-    def capped(self) -> Aim:
-        """No rank above those allowed."""
-        if not self.allowed_ranks:
-            return self.aim
-        most = max(self.allowed_ranks)
-        return replace(self.aim, rank=min(self.aim.rank or most, most))
-
-    @property
-    def settings(self) -> dict[str, object]:
-        return {
-            "to": self.to, **self.aim.settings, "bake_scale": self.folded, "uniform_rank": self.uniform,
-            "ranks_allowed": list(self.allowed_ranks), "dtype": self.form.dtype, **self.layout.settings,
-            **(self.calibration.settings if self.calibration else {}),
-        }  # fmt: skip
 
 
 def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOptions) -> Report:
