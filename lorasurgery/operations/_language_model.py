@@ -44,18 +44,6 @@ class LanguageModel:
         ][0]
         return tokens
 
-    def complete(self, prompt: str, tokens: int, *, chat: bool) -> str:
-        """The greedy continuation, at most so many tokens; `chat` puts the prompt into the template."""
-        if chat:
-            turns = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        given = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-        made = self.model.generate(**given, max_new_tokens=tokens, do_sample=False)
-        new = made[0, given["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-
 
 def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> LanguageModel:
     """With an adapter beside it, if one is given.
