@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from benchmarks.processes import Run, run
-from benchmarks.rows import OURS
+from benchmarks.racing import OURS
 
 PROMPT, TOKENS = "The history of Rome begins with", 64
 _BUILDER = (sys.executable, "-m", "onnxruntime_genai.models.builder")
