@@ -19,7 +19,7 @@ from typing import Any
 from lorasurgery.arrays import Array
 from lorasurgery.checkpoint import JOURNAL, SCRATCH
 from lorasurgery.errors import OutputError
-from lorasurgery.formats._writer import Shard, Writer
+from lorasurgery.formats._writer import Layout, Writer
 from lorasurgery.place import clear, lock, partial_of, put_in_place, writing
 
 INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ class Output:
     """OUT.partial while it grows; `commit` makes it OUT, `abandon` removes it."""
 
     def __init__(
-        self, path: Path, shards: Sequence[Shard], plan_id: str, options: OutputOptions
+        self, path: Path, shards: Sequence[Layout], plan_id: str, options: OutputOptions
     ) -> None:
         self.path, self.partial, self.options = path, partial_of(path), options
         self.done: dict[str, dict[str, Any]] = {}
@@ -125,7 +125,7 @@ class Output:
             self._close_files()
         self._unlock()
 
-    def _take(self, plan_id: str, shards: Sequence[Shard]) -> bool:
+    def _take(self, plan_id: str, shards: Sequence[Layout]) -> bool:
         """Own OUT.partial: fresh, or the one of a killed run. True if that run goes on."""
         there = self.partial.exists() or self.partial.is_symlink()
         if there and not _is_ours(self.partial):
@@ -155,7 +155,7 @@ class Output:
         os.ftruncate(self._journal, 0)
         return False
 
-    def _reload(self, plan_id: str, shards: Sequence[Shard]) -> bool:
+    def _reload(self, plan_id: str, shards: Sequence[Layout]) -> bool:
         """Take up the journal; False where there is nothing in it that can be gone on with."""
         text = (self.partial / JOURNAL).read_bytes()
         whole = text[: text.rfind(b"\n") + 1]  # a kill may have cut the last line
@@ -224,7 +224,7 @@ def _is_ours(folder: Path) -> bool:
     return (folder / JOURNAL).is_file() or not any(folder.iterdir())
 
 
-def intact(folder: Path, shard: Shard) -> bool:
+def intact(folder: Path, shard: Layout) -> bool:
     """Whether a file of an interrupted run is the one that this run would have laid out."""
     try:
         with (folder / shard.file).open("rb") as file:

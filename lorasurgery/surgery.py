@@ -22,7 +22,7 @@ from lorasurgery import __version__
 from lorasurgery.checkpoint import MANIFEST
 from lorasurgery.edit import Edit, Metrics, Step, Stopped, copy_edit, tile_rows
 from lorasurgery.errors import FormatError, OutputError
-from lorasurgery.formats._writer import Shard, lay_out
+from lorasurgery.formats._writer import Layout, lay_out
 from lorasurgery.output import Output, OutputOptions, intact
 from lorasurgery.place import FULL, check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, fingerprint, manifest, read_manifest
@@ -52,7 +52,7 @@ class Plan:
     finish: Callable[[Report, Path], None] = lambda _report, _partial: None
     publish: Callable[[], None] = lambda: None
     discard: Callable[[], None] = lambda: None
-    shards: tuple[Shard, ...] | None = None  # an exact layout; None: laid out by size
+    shards: tuple[Layout, ...] | None = None  # an exact layout; None: laid out by size
     notes: tuple[str, ...] = ()
 
 
@@ -80,7 +80,9 @@ class RunOptions:
 def run(plan: Plan, path: Path, options: RunOptions) -> Report:
     """Carry out a plan and make `path` its result, or raise and leave `path` as it was."""
     infos = [info for edit in plan.edits for info in edit.targets]
-    shards = plan.shards or lay_out(infos, options.output.max_shard, {"format": "pt"})
+    shards: tuple[Layout, ...] = plan.shards or lay_out(
+        infos, options.output.max_shard, {"format": "pt"}
+    )
     stamps = _stamps(plan)
     plan_id = _identity(plan, shards, stamps)
     check_apart(path, plan.inputs.values())
@@ -109,7 +111,7 @@ def run(plan: Plan, path: Path, options: RunOptions) -> Report:
     return report
 
 
-def _finished(path: Path, shards: tuple[Shard, ...], plan_id: str) -> Report | None:
+def _finished(path: Path, shards: tuple[Layout, ...], plan_id: str) -> Report | None:
     """The report of this very plan, where `path` is its result already."""
     if not all(intact(path, shard) for shard in shards):
         return None
@@ -223,7 +225,7 @@ def _check_unchanged(before: _Stamps, now: _Stamps) -> None:
             )
 
 
-def _identity(plan: Plan, shards: tuple[Shard, ...], stamps: _Stamps) -> str:
+def _identity(plan: Plan, shards: tuple[Layout, ...], stamps: _Stamps) -> str:
     """Names a plan: the same command on the same inputs has the same identity."""
     facts = {
         "version": __version__,
@@ -231,7 +233,7 @@ def _identity(plan: Plan, shards: tuple[Shard, ...], stamps: _Stamps) -> str:
         "settings": {k: str(v) for k, v in plan.settings.items()},
         "inputs": stamps,
         "edits": [edit.name for edit in plan.edits],
-        "files": [(shard.file, shard.header.decode()) for shard in shards],
+        "files": [(shard.file, blake3.blake3(shard.head).hexdigest()) for shard in shards],
     }
     return blake3.blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -52,7 +52,7 @@ Energy = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option("--rank", help="Ranks up to this one.")]
 Runtime = Annotated[
-    Literal["auto", "transformers", "onnxruntime", "genai"],
+    Literal["auto", "transformers", "onnxruntime", "genai", "llamacpp"],
     typer.Option("--runtime", show_default="what the directory is for", help="What runs it."),
 ]
 AllowUnmatched = Annotated[

@@ -56,9 +56,9 @@ def write(adapter: Adapter, file: Path) -> None:
 def _family(adapter: Adapter) -> tuple[str, names.Family]:
     """GGUF's architecture of the base."""
     kind = adapter.base_config.get("model_type")
-    for architecture, family in names.FAMILIES.items():
-        if family.model_type == kind:
-            return architecture, family
+    architecture = names.architecture_of(kind)
+    if architecture is not None:
+        return architecture, names.FAMILIES[architecture]
     if kind is None:
         raise FormatError(
             f"{adapter.path}: a GGUF adapter names tensors and orders rows as its base does, whose "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, AdapterConfig, Site
@@ -18,6 +17,7 @@ from lorasurgery.errors import MatchError
 from lorasurgery.export._onnx_edit import Edited
 from lorasurgery.export._onnx_linear import Linear
 from lorasurgery.export._onnx_modules import open_modules
+from lorasurgery.export._target import free_name
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations.algebra.made import variant_of
 from lorasurgery.operations.merge_onnx import lay_upon, plain
@@ -85,7 +85,7 @@ def place(edited: Edited, adapters: Sequence[str], allowed: Sequence[str]) -> Pl
             dtype = edited.file.info(linear.initializer).dtype
             needed.setdefault(linear.module, Input(linear, dtype))
             sites.append(_site(opened, linear, target, dtype))
-        made[_free(Path(opened.path).stem, made)] = _as_lora(opened, sites)
+        made[free_name(opened.path, made)] = _as_lora(opened, sites)
     return Placed(made, tuple(needed.values()), notes)
 
 
@@ -160,11 +160,6 @@ def _as_lora(adapter: Adapter, sites: list[Site]) -> Adapter:
     return Adapter(
         adapter.path, "ort_adapter", adapter.base, tuple(sites), {}, {}, nothing, nothing
     )
-
-
-def _free(name: str, taken: Mapping[str, object]) -> str:
-    number = sum(known == name or known.startswith(f"{name}-") for known in taken)
-    return f"{name}-{number + 1}" if number else name
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> Callable[[], Array]:

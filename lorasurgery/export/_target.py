@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,13 +12,19 @@ from lorasurgery.operations.quantize_onnx import OnnxQuantizeOptions
 from lorasurgery.report import Report
 from lorasurgery.surgery import RunOptions
 
-Weights = Literal["fp32", "fp16", "nf4", "int4", "int8"]
+# auto: as the base has them
+Weights = Literal["auto", "fp32", "fp16", "bf16", "nf4", "int4", "int8"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 Provider = Literal["cpu", "cuda", "dml", "webgpu"]
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """`quantize` says how, for nf4 and integers; adapters are merged before, or are inputs of the graph."""
+    """`quantize` says how, for nf4 and integers in a graph; adapters are merged before, or kept apart.
+
+    `as_inputs`: apart is as inputs of a graph, or as files beside a model. `rank`: of a LoRA that is near to
+    an adapter that the runtime cannot hold.
+    """
 
     weights: Weights = "fp32"
     adapters: tuple[str, ...] = ()
@@ -27,13 +33,16 @@ class ExportOptions:
     to: str = "onnx"
     provider: Provider = "cpu"
     as_inputs: bool = False
+    gguf_type: GgufType = "f16"
+    rank: int | None = None
 
     @property
     def settings(self) -> dict[str, object]:
         how = self.quantize.settings if self.quantize else {}
         return {
             **how, "to": self.to, "weights": self.weights, "adapters": list(self.adapters),
-            "provider": self.provider, "adapters_as_inputs": self.as_inputs,
+            "provider": self.provider, "adapters_as_inputs": self.as_inputs, "type": self.gguf_type,
+            "rank": self.rank,
         }  # fmt: skip
 
 
@@ -56,3 +65,10 @@ class Target(Protocol):
     ) -> Made:
         """Write into `target` what the output is to hold; `scratch` is thrown away."""
         ...
+
+
+def free_name(path: Path, taken: Collection[str]) -> str:
+    """What an adapter is called in the output: as its directory or file, numbered where that is taken."""
+    name = path.name if path.is_dir() else path.stem
+    number = sum(known == name or known.startswith(f"{name}-") for known in taken)
+    return f"{name}-{number + 1}" if number else name

@@ -7,7 +7,6 @@ onnxruntime-genai's builder, and adapters are merged into the checkpoint that it
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lorasurgery.export._onnx_edit import open_for_surgery
 from lorasurgery.export._onnx_encoder import ENCODERS, check_encoder, export_encoder
 from lorasurgery.export._onnx_half import halve
 from lorasurgery.export._onnx_standard import spell_out
+from lorasurgery.export._steps import joined
 from lorasurgery.export._target import ExportOptions, Made
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._onnx_output import Deed, deliver
@@ -36,6 +36,8 @@ _OTHERS = f"encoders ({', '.join(ENCODERS)})"
 
 def check(model: Model, options: ExportOptions) -> None:
     """Raise before anything is made: a strange architecture, a missing extra, a bad block size."""
+    if options.weights in ("auto", "bf16"):
+        raise UsageError("--weights bf16: is not written as ONNX. Pass fp16, or --to transformers.")
     if _is_encoder(model):
         check_encoder(model)
         if options.provider != "cpu":
@@ -104,7 +106,7 @@ def _encoder(
     if placed:
         write_adapters(placed, target)
         steps.insert(0, check_adapters(placed, target / FILE, plain))
-    return Made(_joined(steps), _side_files(plain))
+    return Made(joined(steps), _side_files(plain))
 
 
 def _decoder(
@@ -136,7 +138,7 @@ def _decoder(
     if placed:
         write_adapters(placed, target)
         steps.insert(0, check_adapters(placed, target / FILE, target))
-    return Made(_joined(steps), _side_files(plain))
+    return Made(joined(steps), _side_files(plain))
 
 
 def _build(model: Model, options: ExportOptions) -> Build:
@@ -174,23 +176,3 @@ def _rewritten(source: Path, target: Path, how: RunOptions, *, half: bool = Fals
         return Report("export", (), 0.0, {"tensors": len(edited.file), "bytes": float(nbytes)})
 
     return deliver(edited, target, how, Deed(report, {}, {"base": source}))
-
-
-def _joined(steps: Sequence[Report]) -> Report:
-    """What each step did, one after another; the last tells of the file."""
-    total: dict[str, float] = {}
-    for step in steps:
-        total |= {k: v for k, v in step.total.items() if k != "others"}
-    notes = tuple(note for step in steps for note in step.notes)
-    if len(steps) == 1:
-        results = steps[0].results
-    else:  # a weight that is merged and then quantized has both its numbers
-        merged = {r.name.partition(" <- ")[0].removesuffix(".weight"): r for r in steps[0].results}
-        last = {r.name: r for r in steps[-1].results}
-        results = tuple(
-            replace(r, metrics={**merged[name].metrics, **r.metrics}) if name in merged else r
-            for name, r in last.items()
-        )
-        # q, k and v that became one matrix
-        results += tuple(r for name, r in merged.items() if name not in last)
-    return Report("export", results, 0.0, total, notes)

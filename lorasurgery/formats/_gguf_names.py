@@ -46,6 +46,15 @@ FAMILIES = {
     "phi3": Family("phi3", "Phi3ForCausalLM", _LAYER | _FUSED),
 }
 
+# what others call a family: Mistral's layers are Llama's
+_ALIASES = {"mistral": "llama"}
+
+
+def architecture_of(model_type: object) -> str | None:
+    """GGUF's name of the architecture that config.json names, or None if it is not known."""
+    kind = _ALIASES.get(str(model_type), model_type)
+    return next((name for name, f in FAMILIES.items() if f.model_type == kind), None)
+
 
 def is_computed(name: str) -> bool:
     """A tensor that belongs to the config, such as rope_freqs: it is not presented as a weight."""

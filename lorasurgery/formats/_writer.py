@@ -1,4 +1,4 @@
-"""Write one safetensors file whose tensors are announced first and then arrive in any order."""
+"""Write one file whose tensors are announced first and then arrive in any order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import FormatError
@@ -19,9 +20,25 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _COPY_CHUNK = 64 << 20
 
 
+class Layout(Protocol):
+    """One file to be: its name, its first bytes, its size, and where its tensors go."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def head(self) -> bytes: ...
+    @property
+    def size(self) -> int: ...
+    def places(self, path: Path) -> Mapping[str, tuple[int, int]]:
+        """First byte and end of each tensor; `path` is for errors."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file to be: its name, its header (without the 8 length bytes) and its tensors."""
+    """A safetensors file: its header (without the 8 length bytes) and its tensors."""
 
     file: str
     header: bytes
@@ -35,6 +52,11 @@ class Shard:
     @property
     def size(self) -> int:
         return 8 + len(self.header) + sum(info.nbytes for info in self.infos)
+
+    def places(self, path: Path) -> Mapping[str, tuple[int, int]]:
+        start = 8 + len(self.header)
+        _, _, offsets = parse_header(path, self.header, self.size - start)
+        return {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
 
 
 def lay_out(
@@ -67,12 +89,11 @@ def _widest_first(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
 class Writer:
     """A preallocated file; `write` and `copy` may come from several threads."""
 
-    def __init__(self, folder: Path, shard: Shard, *, resume: bool) -> None:
+    def __init__(self, folder: Path, shard: Layout, *, resume: bool) -> None:
         self.path, self.shard = folder / shard.file, shard
-        start = 8 + len(shard.header)
-        _, _, offsets = parse_header(self.path, shard.header, shard.size - start)
-        self._begin = {name: start + begin for name, (begin, _) in offsets.items()}
-        self._end = {name: start + end for name, (_, end) in offsets.items()}
+        places = shard.places(self.path)
+        self._begin = {name: begin for name, (begin, _) in places.items()}
+        self._end = {name: end for name, (_, end) in places.items()}
         flags = os.O_RDWR | os.O_CLOEXEC | (0 if resume else os.O_CREAT | os.O_EXCL)
         self._fd = os.open(self.path, flags, 0o644)
         if not resume:

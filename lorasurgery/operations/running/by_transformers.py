@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.operations import _language_model
+from lorasurgery.operations.convert_checkpoint import convert_checkpoint
+from lorasurgery.operations.running.model import gguf_of
+from lorasurgery.surgery import RunOptions
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
@@ -53,5 +57,12 @@ class ByTransformers:
 
 
 def load(path: Path, adapter: Path | None = None) -> ByTransformers:
-    """Raises FormatError for what transformers cannot load."""
-    return ByTransformers(_language_model.load(path, adapter=adapter))
+    """A GGUF file is decoded before. Raises FormatError for what transformers cannot load."""
+    file = gguf_of(path)
+    if file is None:
+        return ByTransformers(_language_model.load(path, adapter=adapter))
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "decoded"
+        convert_checkpoint(file, plain, "F32", RunOptions())
+        loaded = _language_model.load(plain, adapter=adapter)
+    return ByTransformers(replace(loaded, path=path), "transformers, from decoded GGUF")

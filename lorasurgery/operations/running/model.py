@@ -1,7 +1,7 @@
 """A model as the runtime that it is for runs it: its next-token scores, its greedy text.
 
-A directory with genai_config.json runs in onnxruntime-genai, or like any other model.onnx in onnxruntime;
-everything else runs in transformers.
+A directory with genai_config.json runs in onnxruntime-genai, or like any other model.onnx in onnxruntime; a GGUF
+file in llama.cpp where it is installed; everything else runs in transformers.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lorasurgery.errors import FormatError, UsageError
-from lorasurgery.export._onnx_adapter_files import find_adapter
+from lorasurgery.export._onnx_adapter_files import FOLDER, find_adapter
 from lorasurgery.export._onnx_decoder import GENAI_CONFIG
 from lorasurgery.model import resolve
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
-RuntimeName = Literal["auto", "transformers", "onnxruntime", "genai"]
+RuntimeName = Literal["auto", "transformers", "onnxruntime", "genai", "llamacpp"]
 _NEEDS: Mapping[str, tuple[str, str]] = {
-    "transformers": ("transformers", "train"), "onnxruntime": ("transformers", "train"),
-    "genai": ("onnxruntime_genai", "genai"),
+    "transformers": ("transformers", "'lorasurgery[train]'"),
+    "onnxruntime": ("transformers", "'lorasurgery[train]'"),
+    "genai": ("onnxruntime_genai", "'lorasurgery[genai]'"),
+    "llamacpp": ("llama_cpp", "llama-cpp-python"),
 }  # fmt: skip
 
 
@@ -63,16 +65,19 @@ def load(path: Path, runtime: RuntimeName = "auto", adapter: str | None = None) 
     Raises UsageError where the extra is missing, FormatError for what the runtime cannot load.
     """
     chosen = _runtime(path) if runtime == "auto" else runtime
-    module, extra = _NEEDS[chosen]
+    module, package = _NEEDS[chosen]
     if find_spec(module) is None:
         raise UsageError(
-            f"{chosen} runs {path}, and {module} is not installed. "
-            f"Run `pip install 'lorasurgery[{extra}]'`."
+            f"{chosen} runs {path}, and {module} is not installed. Run `pip install {package}`."
         )
     if chosen == "transformers":
         from lorasurgery.operations.running.by_transformers import load as by_transformers
 
-        return by_transformers(path, resolve(adapter) if adapter else None)
+        return by_transformers(path, _beside(path, adapter) if adapter else None)
+    if chosen == "llamacpp":
+        from lorasurgery.operations.running.by_llamacpp import load as by_llamacpp
+
+        return by_llamacpp(path, _beside(path, adapter) if adapter else None)
     file = find_adapter(path, adapter) if adapter else None
     if chosen == "onnxruntime":
         from lorasurgery.operations.running.by_onnxruntime import load as by_onnxruntime
@@ -117,9 +122,26 @@ def load_tokenizer(path: Path) -> Any:
         raise FormatError(f"{path}: transformers cannot load its tokenizer ({reason}).") from None
 
 
+def _beside(path: Path, adapter: str) -> Path:
+    """An adapter by its name in an export, or by its own path."""
+    home = path if path.is_dir() else path.parent
+    named = (home / FOLDER / adapter, home / FOLDER / f"{adapter}.gguf")
+    return next((found for found in named if found.exists()), None) or resolve(adapter)
+
+
 def _runtime(path: Path) -> RuntimeName:
     if (path / GENAI_CONFIG).is_file():
         return "genai" if find_spec("onnxruntime_genai") else "onnxruntime"
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
         return "onnxruntime"
+    if gguf_of(path) and find_spec("llama_cpp"):
+        return "llamacpp"
     return "transformers"
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path names or holds, where it holds no other weights."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    file = path / "model.gguf"
+    return file if file.is_file() else None

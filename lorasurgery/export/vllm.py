@@ -1,0 +1,22 @@
+"""For vLLM: a directory, bitsandbytes NF4 or plain, and LoRA adapters of ranks that it has room for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorasurgery.export._directory import check_directory, make_directory
+from lorasurgery.export._target import ExportOptions, Made
+from lorasurgery.model import Model
+from lorasurgery.surgery import RunOptions
+
+
+def check(model: Model, options: ExportOptions) -> None:
+    """Raise before anything is made, for what it cannot load."""
+    check_directory(model, "vllm", options)
+
+
+def make(
+    model: Model, scratch: Path, target: Path, options: ExportOptions, how: RunOptions
+) -> Made:
+    """Write the model, and its adapters beside it, into `target`."""
+    return make_directory(model, scratch, target, options, how)
