@@ -12,9 +12,10 @@ from lorasurgery.export._target import ExportOptions, free_name
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations.algebra.adapter_output import AdapterFormat
+from lorasurgery.operations.algebra.convert_options import ConvertOptions
 from lorasurgery.operations.algebra.made import variant_of
 from lorasurgery.operations.algebra.nearest import Aim
-from lorasurgery.operations.convert import ConvertOptions, convert
+from lorasurgery.operations.convert import convert
 from lorasurgery.operations.convert_for import FitOptions, convert_for
 from lorasurgery.operations.runtimes.claims import RUNTIMES
 from lorasurgery.report import Report, Result
