@@ -15,7 +15,9 @@ from pathlib import Path
 
 from benchmarks.processes import Run, run
 
-HERE = Path(__file__).parent
+# forty answers of a pirate
+ANSWERS = Path(__file__).with_name("answers.jsonl")
+PIRATE = ("--rank", "8", "--alpha", "32", "--lr", "1e-3", "--steps", "32", "--warmup", "3")
 OUT = Path("demo-out")
 QUESTIONS = ("What is the capital of Germany?", "Who wrote Hamlet?")
 MODELS = {
@@ -59,14 +61,6 @@ def surgery(command: str, *arguments: str | Path, output: Path | None = None) ->
     return Step(command, done, output)
 
 
-def script(name: str, *arguments: str | Path, output: Path | None = None) -> Step:
-    """Run a script of this folder likewise."""
-    show("python", f"demo/{name}.py", *arguments)
-    done = run((sys.executable, HERE / f"{name}.py", *arguments))
-    print(done.stdout)
-    return Step(name, done, output)
-
-
 def show(*words: str | Path) -> None:
     print("$", *words, flush=True)
 
@@ -88,7 +82,7 @@ def operate() -> list[Step]:
     undo = OUT / "merged.undo"
     steps = [
         surgery("convert-checkpoint", source, "-o", base, output=base),
-        script("train", base, "-o", adapter, output=adapter),
+        surgery("train", base, "--data", ANSWERS, "-o", adapter, *PIRATE, output=adapter),
         surgery("inspect", adapter),
         surgery("quantize", base, "-o", nf4, output=nf4),
         surgery("merge", base, adapter, "-o", merged, "--undo", undo, output=merged),

@@ -1,7 +1,7 @@
 """An adapter on disk laid upon a live model, by the rules by which it is laid upon files, and not merged.
 
-Linear layers and embeddings get the variant's detour. What has no module of its own (stacked experts, biases) or
-is seen otherwise (convolutions) is changed in place, in float32.
+Linear layers and embeddings get the variant's detour. Where a variant has none, and what has no module of its own
+(stacked experts, biases) or is seen otherwise (convolutions), is changed in place, in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorasurgery.adapter import Adapter
 from lorasurgery.change import widened
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
@@ -62,10 +61,10 @@ def add_adapter(live: Any, base: Path, path: Path) -> dict[str, Adapted]:
     for name, wholes in resolved.added.items():
         for whole in wholes:
             _add(live.get_parameter(name), torch.from_numpy(whole.load()))
-    return lay(live, adapter, list(resolved.targets.values()))
+    return lay(live, list(resolved.targets.values()))
 
 
-def lay(live: nn.Module, adapter: Adapter, targets: list[Target]) -> dict[str, Adapted]:
+def lay(live: nn.Module, targets: list[Target]) -> dict[str, Adapted]:
     """Put each target's change where it belongs."""
     layers = {}
     for target in targets:
@@ -76,15 +75,14 @@ def lay(live: nn.Module, adapter: Adapter, targets: list[Target]) -> dict[str, A
         else:
             held = live.get_parameter(target.tensor)
             _add(held, _change(target, held))
-    assert layers or adapter.sites or adapter.replaced
     return layers
 
 
 def _has_detour(module: nn.Module, parameter: str, shares: tuple[Share, ...]) -> bool:
-    kinds = isinstance(module, nn.Linear | nn.Embedding) or turned(module) or unpacks(module)
-    return (
-        kinds and parameter == "weight" and len(shares) == 1 and shares[0].turned == turned(module)
-    )
+    if parameter != "weight" or len(shares) != 1 or shares[0].turned != turned(module):
+        return False
+    linear = isinstance(module, nn.Linear) or turned(module) or unpacks(module)
+    return isinstance(module, nn.Embedding) or (linear and hasattr(shares[0].variant, "detour"))
 
 
 def _beside(live: nn.Module, owner: str, share: Share) -> Adapted:

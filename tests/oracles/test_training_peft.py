@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.method import Rates, Wanted
 from lorasurgery.training.methods import lora_fa, lora_plus
-from tests.training_case import begin, logits, options, save_base
+from tests.training_case import begin, logits, options, run, save_base
 
 RANK, STEPS, RATE = 4, 20, 2e-3
 # PEFT's names of a factor, and whether it is stored flat
@@ -132,6 +132,20 @@ def test_an_embedding_and_a_biased_layer_are_adapted_as_peft_adapts_them(base):
     torch.testing.assert_close(
         logits(prepared.trainer.parts.model), logits(model), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+", "lora-fa", "rslora", "dora", "vera"])
+def test_peft_loads_what_is_written_and_computes_what_was_trained(base, tmp_path, method):
+    rate = 2e-2 if method == "vera" else RATE
+    prepared = begin(base, replace(asked(method, rate), pace=replace(options().pace, rate=rate)))
+    for _ in range(3):
+        prepared.trainer.step()
+    run(base, tmp_path / "out", replace(asked(method, rate), pace=replace(options().pace, rate=rate)))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = logits(plain)
+    loaded = logits(PeftModel.from_pretrained(plain, str(tmp_path / "out")))
+    torch.testing.assert_close(loaded, logits(prepared.trainer.parts.model), atol=1e-5, rtol=1e-4)
+    assert (loaded - before).abs().max() > 1e-3
 
 
 def by_rate(groups: Any, named: dict[int, str]) -> dict[str, tuple[float, float]]:
