@@ -123,6 +123,18 @@ class Seen:
         Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the base.")
     ] = "float32"
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply in bfloat16 (autocast).")] = False
+    qlora: Annotated[
+        bool,
+        typer.Option("--qlora", help="Linear weights in NF4, as they are stored or packed now."),
+    ] = False
+    block_size: Annotated[
+        int,
+        typer.Option("--block-size", help="Weights that share a scale, if they are packed now."),
+    ] = 64
+    double_quant: Annotated[
+        bool,
+        typer.Option("--double-quant/--no-double-quant", help="Pack the scales as well, likewise."),
+    ] = True
     checkpointing: Annotated[
         bool,
         typer.Option("--checkpointing", help="Compute activations again instead of keeping them."),
@@ -184,6 +196,7 @@ def command(
 def _options(
     base: str, data: list[str], method: str, given: tuple[What, How, Any, Kept, Seen]
 ) -> Any:
+    from lorasurgery.codec import CodecOptions
     from lorasurgery.training.attach import Targets
     from lorasurgery.training.examples import Reading
     from lorasurgery.training.method import Wanted
@@ -191,6 +204,7 @@ def _options(
     from lorasurgery.training.options import Held, Machine, Pace, TrainOptions
 
     what, how, own, kept, seen = given
+    nf4 = CodecOptions(seen.block_size, seen.double_quant) if seen.qlora else None
     return TrainOptions(
         method,
         tuple(data),
@@ -209,7 +223,7 @@ def _options(
             how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2)),
         ),
         Held(tuple(kept.eval_data or ()), kept.eval_every, kept.patience, kept.save_every),
-        Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing),
+        Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing, nf4),
         seen.dialect,
     )  # fmt: skip
 

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.codec import CodecOptions
 from lorasurgery.errors import FormatError, UsageError
+from lorasurgery.model import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +59,13 @@ class LanguageModel:
         return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> LanguageModel:
-    """With an adapter beside it, if one is given.
+def load(
+    path: Path,
+    dtype: str = "float32",
+    adapter: Path | None = None,
+    nf4: CodecOptions | None = None,
+) -> LanguageModel:
+    """With an adapter beside it, if one is given; `nf4`: linear weights that are not NF4 become it.
 
     Raises UsageError where the extra is missing, FormatError for what transformers cannot load, and
     what an adapter that does not fit raises.
@@ -74,7 +81,12 @@ def load(path: Path, dtype: str = "float32", adapter: Path | None = None) -> Lan
 
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            if nf4 or (adapter and open_model(path).weights.packed):
+                from lorasurgery.training.nf4.load import load as load_nf4
+
+                model = load_nf4(path, getattr(torch, dtype), nf4 or CodecOptions())
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -19,6 +19,8 @@ from lorasurgery.training import method as methods
 from lorasurgery.training.attach import Detours
 from lorasurgery.training.examples import Example
 from lorasurgery.training.method import Group, Method, Rates
+from lorasurgery.training.nf4 import asked
+from lorasurgery.training.nf4.linear import NF4Linear
 from lorasurgery.training.optimizer import Kind
 from lorasurgery.training.options import Pace, TrainOptions
 from lorasurgery.training.recipe import Recipe
@@ -40,7 +42,7 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     method = cast(Method, methods.load(options.method))
     own = method.Options() if options.own is None else options.own
     method.configure(options.wanted, own)  # before a model is loaded for nothing
-    language = load(base, options.machine.dtype)
+    language = _language(base, options)
     model = language.model.to(device(options.machine.device))
     data = _read(options.data, language, options)
     held_out = _read(options.held.data, language, options) if options.held.data else []
@@ -64,6 +66,17 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
         "vera_dropout": wanted.dropout,
     }
     return Prepared(Trainer(parts, recipe), groups, held_out, {**said, **config.extra})
+
+
+def _language(base: Path, options: TrainOptions) -> LanguageModel:
+    """The model, its linear weights in NF4 where that is asked for."""
+    nf4 = options.machine.nf4
+    if nf4:
+        asked.check_method(options.method)
+    asked.check_base(base, nf4)
+    found = load(base, options.machine.dtype, nf4=nf4)
+    asked.check_whole(found.model, options.targets.whole)
+    return found
 
 
 def device(name: str) -> torch.device:
@@ -128,5 +141,8 @@ def describe(detours: Detours, groups: Sequence[Group]) -> dict[str, float]:
     every = {id(p): p.numel() for p in detours.model.parameters()}
     ours = {id(f) for layer in detours.layers.values() for f in layer.factors.values()}
     base = sum(count for key, count in every.items() if key not in ours)
-    return {"modules": len(detours.layers), "trained_parameters": trained, "base_parameters": base,
+    packed = [layer for layer in detours.model.modules() if isinstance(layer, NF4Linear)]
+    base += sum(layer.in_features * layer.out_features for layer in packed)
+    told: dict[str, float] = {"modules": len(detours.layers), "trained_parameters": trained, "base_parameters": base,
             "groups": len(groups)}  # fmt: skip
+    return told | ({"packed_bytes": sum(la.packed_bytes for la in packed)} if packed else {})
