@@ -164,3 +164,17 @@ def test_qlora_packs_a_base_or_takes_a_packed_one_and_its_adapter_is_evaluated_b
         f"{name}: block size 60 is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096. Pass one of them as "
         "--block-size."
     ))  # fmt: skip
+
+
+def test_the_budget_of_paged_state_is_a_size(base, tmp_path):
+    flags = ("--optimizer", "paged-adamw", "--state-budget", "8KiB")
+    done("train", base, "--data", TEXT, "-o", tmp_path / "out", *SHORT, *flags)
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
+    # 3712 parameters of 8 bytes in pages of 2 KiB, 4 of which stay
+    assert [row["pages_fetched"] for row in rows] == [0, 11, 11]
+    assert [row["pages_written"] for row in rows] == [11, 11, 11]
+    code, said = refused("train", base, "--data", TEXT, "-o", tmp_path / "no", *flags[:3], "lots")
+    assert code == 2
+    assert "'lots' is no size. Write it as 512MB or 2GiB." in " ".join(said.split())

@@ -12,6 +12,7 @@ from lorasurgery.cli._method_flags import MethodFlags, own_options
 from lorasurgery.cli._options import Base, Printing, Writing
 from lorasurgery.cli._print import table
 from lorasurgery.cli._report import carry_out
+from lorasurgery.cli._sizes import size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +87,19 @@ class How:
         float,
         typer.Option("--clip", min=0.0, help="Norm of the gradient, at most; 0: whatever it is."),
     ] = 1.0
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, sgd.")] = "adamw"
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, paged-adamw, sgd.")] = (
+        "adamw"
+    )
+    state_budget: Annotated[
+        int | None,
+        typer.Option(
+            "--state-budget",
+            parser=size,
+            metavar="SIZE",
+            show_default="all of it",
+            help="paged-adamw: of its state in memory; the rest is in a file, or a GPU's in the host.",
+        ),
+    ] = None
     beta2: Annotated[float, typer.Option("--beta2", help="AdamW's.")] = 0.999
     seed: Annotated[int, typer.Option("--seed", help="Of factors, order and dropout.")] = 0
 
@@ -220,7 +233,7 @@ def _options(
         Reading(seen.length, seen.pack),
         Pace(
             how.steps, how.epochs, how.batch, how.accumulate, how.lr, how.weight_decay, how.warmup,
-            how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2)),
+            how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2), budget=how.state_budget),
         ),
         Held(tuple(kept.eval_data or ()), kept.eval_every, kept.patience, kept.save_every),
         Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing, nf4),

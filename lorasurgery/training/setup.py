@@ -11,17 +11,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorasurgery import plugins
 from lorasurgery.errors import UsageError
 from lorasurgery.operations._language_model import LanguageModel, load
 from lorasurgery.training import attach, examples
 from lorasurgery.training import method as methods
+from lorasurgery.training import optimizer as optimizers
 from lorasurgery.training.attach import Detours
 from lorasurgery.training.examples import Example
 from lorasurgery.training.method import Group, Method, Rates
 from lorasurgery.training.nf4 import asked
 from lorasurgery.training.nf4.linear import NF4Linear
-from lorasurgery.training.optimizer import Kind
 from lorasurgery.training.options import Pace, TrainOptions
 from lorasurgery.training.recipe import Recipe
 from lorasurgery.training.trainer import Parts, Trainer
@@ -57,8 +56,7 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     _ready(model, recipe)
     rate = method.RATE if options.pace.rate is None else options.pace.rate
     groups = tuple(method.groups(detours.named(), Rates(rate, options.pace.decay), own))
-    kind = cast(Kind, plugins.load("training.optimizers", options.pace.optimizer.replace("-", "_")))
-    optimizer = kind.make(groups, options.pace.settings)
+    optimizer = optimizers.make(options.pace.optimizer, groups, options.pace.settings)
     parts = Parts(detours, method.hooks(layers, wanted, own), optimizer, data, _padding(language))
     said = {
         "task_type": "CAUSAL_LM",
