@@ -11,6 +11,11 @@ from lorasurgery.arrays import from_torch
 from lorasurgery.kernels import (
     lora_delta,
     lora_merge,
+    nf4_decode_merge,
+    nf4_dequantize,
+    nf4_encode_merge,
+    nf4_merge,
+    nf4_quantize,
 )
 
 DTYPES = [np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32)]
@@ -146,3 +151,24 @@ def test_chance_beyond_four_billion_elements_is_another():
     runs = [lora_merge.run(w, a, b, w.dtype, 1, k << 32)[0] for k in range(3)]
     differ = [(runs[0] != run).mean() for run in runs[1:]]
     assert all(0.2 < share < 0.8 for share in differ)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(700, 300), (5, 7), (3, 0), (0, 5)])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_merging_out_of_nf4_and_into_it_is_what_the_parts_are_one_after_another(
+    rows, columns, seed
+):
+    a, b, w = draw(rows, columns, 3)
+    dtype, block = np.dtype(ml_dtypes.bfloat16), 64
+    codes, absmax = nf4_quantize.run(w.reshape(-1), block)
+    old = nf4_dequantize.run(codes, absmax, block, w.size, dtype, nf4_dequantize.NF4)
+    merged, *sums = nf4_decode_merge.run(codes, absmax, block, a, b, dtype, dtype, seed, 99)
+    want, *others = lora_merge.run(old.reshape(rows, columns), a, b, dtype, seed, 99)
+    np.testing.assert_array_equal(bits(merged), bits(want))
+    np.testing.assert_allclose(sums, others, rtol=1e-5, atol=1e-12)
+    # what is encoded again is what the merge within NF4 makes of the same weights
+    again = nf4_encode_merge.run(old.reshape(rows, columns), block, a, b, None, seed, 99)
+    within = nf4_merge.run(codes, absmax, block, a, b, dtype, False, seed, 99)
+    np.testing.assert_array_equal(again[0], within[0])
+    np.testing.assert_array_equal(again[1], within[1])
+    np.testing.assert_allclose(again[3], within[3], rtol=1e-5)

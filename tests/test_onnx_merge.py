@@ -215,7 +215,7 @@ def test_flags_that_mean_nothing_to_onnx_are_refused(
 def test_onnx_flags_are_refused_elsewhere(tmp_path: Path) -> None:
     for arguments, message in (
         (("quantize", tmp_path, "--weights", "int4"), f"--weights int4: needs an ONNX file, and {tmp_path} is none. Export it first."),
-        (("quantize", tmp_path, "--zero-points"), "--zero-points: belongs to int4. Pass --weights int4, or take it away."),
+        (("quantize", tmp_path, "--zero-points"), "--zero-points: belongs to integers. Pass --weights int4 or int8, or take it away."),
         (("merge", tmp_path, "a", "--map", "m"), f"--map: needs an ONNX file, and {tmp_path} is none. Take it away."),
         (("unmerge", tmp_path, "a", "--map", "m"), f"--map: needs an ONNX file, and {tmp_path} is none. Take it away."),
     ):  # fmt: skip

@@ -9,6 +9,7 @@ from lorasurgery.adapter import Dialect, Variant
 from lorasurgery.checkpoint import Format
 from lorasurgery.codec import Codec
 from lorasurgery.errors import UnknownNameError
+from lorasurgery.export._target import Target
 from lorasurgery.training.method import Method
 from lorasurgery.training.optimizer import Kind
 
@@ -16,6 +17,7 @@ PROTOCOLS = {
     "adapters": Variant,
     "codecs": Codec,
     "dialects": Dialect,
+    "export": Target,
     "formats": Format,
     "training.methods": Method,
     "training.optimizers": Kind,

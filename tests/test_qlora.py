@@ -23,6 +23,7 @@ from lorasurgery.operations.quantize import QuantizeOptions, quantize
 from lorasurgery.surgery import RunOptions
 from lorasurgery.training import method as methods
 from lorasurgery.training.attach import Targets
+from lorasurgery.training.examples import Reading
 from lorasurgery.training.method import Wanted
 from lorasurgery.training.nf4.asked import REFUSED
 from lorasurgery.training.nf4.linear import NF4Linear
@@ -291,3 +292,15 @@ def test_a_packed_weight_that_no_layer_takes_is_refused(bases, tmp_path):
         f"{tmp_path}/deep: model.layers.1.mlp.down_proj.weight is NF4 (6 more like it), and no linear layer of "
         "LlamaForCausalLM takes it. Dequantize it with `lorasurgery dequantize`."
     )
+
+
+def test_a_classifier_is_trained_over_nf4_with_its_head_whole(bases, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"some words {i}", "label": "ab"[i % 2]} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = replace(asked(), data=(str(data),), reading=Reading(16, classes=("a", "b")))
+    prepared = begin(bases["nf4"], wanted)
+    assert len(packed(prepared.trainer.parts.model)) == 14
+    assert list(prepared.trainer.parts.detours.whole) == ["score.weight"]
+    assert prepared.trainer.parts.model.score.weight.shape == (2, 64)
+    assert all(np.isfinite(steps(prepared, 2)))

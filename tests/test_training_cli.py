@@ -133,6 +133,10 @@ def test_metrics_and_report_say_what_was_done(base, tmp_path):
     assert said["settings"]["wanted"]["rank"] == 4
     assert said["inputs"] == {"base": str(base), "data0": str(TEXT)}
     assert said["base"] == str(base)
+    done("merge", base, out, "-o", tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "surgery.json").read_text())
+    assert said["base_fingerprint"] == merged["base_fingerprint"]
+    assert said["base_fingerprint"].startswith("blake3:")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "loss", "grad_norm", "tokens", "rate", "seconds"} == set(rows[0])
 

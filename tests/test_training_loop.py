@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,22 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(base, tmp_path):
     ]
     assert timeless[0] == timeless[1]
     assert run(base, tmp_path / "stopped", asked, resume=True) == total  # and once more: it is done
+
+
+def test_ctrl_c_ends_the_step_and_keeps_its_state(base, tmp_path):
+    def watch(row: Any, _steps: int) -> None:
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "out", replace(options(steps=4), watch=watch))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert state.load(tmp_path / "out.partial" / training.STATE).step == 2
+    run(base, tmp_path / "out", options(steps=4), resume=True)
+    run(base, tmp_path / "straight", options(steps=4))
+    one, two = (tmp_path / n / "adapter_model.safetensors" for n in ("out", "straight"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_another_run_does_not_go_on_with_a_state(base, tmp_path):

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 Base = Annotated[str, typer.Argument(help="A model: directory, file, or org/name[@revision].")]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="DIR", help="Lay it upon the model; it is not merged."),
+    typer.Option(
+        "--adapter", metavar="DIR", help="Lay it upon the model; of an export, its name in it."
+    ),
 ]
 FloatName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[
@@ -49,6 +51,10 @@ Energy = Annotated[
     typer.Option("--energy", metavar="SHARE", help="Keep this share of the change's energy."),
 ]
 Rank = Annotated[int | None, typer.Option("--rank", help="Ranks up to this one.")]
+Runtime = Annotated[
+    Literal["auto", "transformers", "onnxruntime", "genai"],
+    typer.Option("--runtime", show_default="what the directory is for", help="What runs it."),
+]
 AllowUnmatched = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasurgery.cli._options import Adapter, Base, Printing
+from lorasurgery.cli._options import Adapter, Base, Printing, Runtime
 from lorasurgery.cli._print import emit, pairs
 from lorasurgery.cli._progress import progress_bar
 
@@ -29,25 +29,27 @@ def command(
     window: Annotated[
         int, typer.Option("--window", min=2, help="Tokens that are seen at once.")
     ] = 512,
+    runtime: Runtime = "auto",
     *,
     printing: Printing,
 ) -> None:
     """Perplexity of a model on a text, or how far two are apart.
 
-    transformers runs the models, in float32 on the CPU.
+    Each runs in what it is for: transformers (in float32), onnxruntime-genai or onnxruntime, on the CPU.
 
     Example:
 
         lorasurgery evaluate base merged --text book.txt
         lorasurgery evaluate base --adapter my-lora --text book.txt
+        lorasurgery evaluate base exported-int4 --text book.txt
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._language_model import load
     from lorasurgery.operations.evaluate import evaluate
+    from lorasurgery.operations.running.model import load
 
     content = text.read_text(encoding="utf-8")
-    first = load(resolve(model), adapter=resolve(adapter) if adapter else None)
-    second = load(resolve(other)) if other else None
+    first = load(resolve(model), runtime, adapter)
+    second = load(resolve(other), runtime) if other else None
     with progress_bar(quiet=printing.quiet) as progress:
         found = evaluate(first, second, content, window, progress)
     emit(asdict(found), lambda: "\n".join(pairs(list(_lines(found)))), printing)
@@ -55,9 +57,9 @@ def command(
 
 def _lines(found: Evaluation) -> Iterable[tuple[str, str]]:
     yield "tokens", str(found.tokens)
-    yield f"perplexity of {found.model}", f"{found.perplexity:.3f}"
+    yield f"perplexity of {found.model} ({found.runtime})", f"{found.perplexity:.3f}"
     if found.other_perplexity is None or found.divergence is None or found.agreement is None:
         return
-    yield f"perplexity of {found.other}", f"{found.other_perplexity:.3f}"
+    yield f"perplexity of {found.other} ({found.other_runtime})", f"{found.other_perplexity:.3f}"
     yield "KL divergence, nats per token", f"{found.divergence:.5f}"
     yield "same first choice", f"{100 * found.agreement:.2f} %"

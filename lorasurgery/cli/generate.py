@@ -1,4 +1,4 @@
-"""lorasurgery generate: greedy text of a model directory."""
+"""lorasurgery generate: greedy text of a model, in the runtime that it is for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorasurgery.cli._options import Adapter, Base, Printing
+from lorasurgery.cli._options import Adapter, Base, Printing, Runtime
 from lorasurgery.cli._print import emit
 
 
@@ -18,12 +18,13 @@ def command(
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template.")
     ] = False,
+    runtime: Runtime = "auto",
     *,
     printing: Printing,
 ) -> None:
-    """Greedy text of a model, by transformers.
+    """Greedy text of a model: by transformers, onnxruntime-genai or onnxruntime.
 
-    In float32 on the CPU; NF4 directories need bitsandbytes.
+    On the CPU, model directories in float32; NF4 directories need bitsandbytes.
 
     Example:
 
@@ -31,8 +32,9 @@ def command(
         lorasurgery generate base --adapter my-lora "To be, or"
     """
     from lorasurgery.model import resolve
-    from lorasurgery.operations._language_model import load
+    from lorasurgery.operations.running.model import answer, load
 
-    loaded = load(resolve(model), adapter=resolve(adapter) if adapter else None)
-    answers = {text: loaded.complete(text, tokens, chat=chat) for text in prompt}
-    emit({"model": model, "answers": answers}, lambda: "\n\n".join(answers.values()), printing)
+    loaded = load(resolve(model), runtime, adapter)
+    answers = {text: answer(loaded, text, tokens, chat=chat) for text in prompt}
+    found = {"model": model, "runtime": loaded.runtime, "answers": answers}
+    emit(found, lambda: "\n\n".join(answers.values()), printing)

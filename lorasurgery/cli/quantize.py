@@ -1,4 +1,4 @@
-"""lorasurgery quantize: 16-bit weights to NF4; those of an ONNX file to NF4 or int4."""
+"""lorasurgery quantize: 16-bit weights to NF4; those of an ONNX file to NF4, int4 or int8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def command(
         int | None,
         typer.Option(
             "--block-size",
-            show_default="64, of int4 32",
+            show_default="64, of integers 32",
             help="Weights that share a scale: 32 to 4096.",
         ),
     ] = None,
@@ -26,10 +26,11 @@ def command(
         typer.Option("--double-quant/--no-double-quant", help="Quantize the scales as well."),
     ] = True,
     weights: Annotated[
-        Literal["nf4", "int4"], typer.Option("--weights", help="int4: of an ONNX file alone.")
+        Literal["nf4", "int4", "int8"],
+        typer.Option("--weights", help="int4 and int8: of an ONNX file alone."),
     ] = "nf4",
     zero_points: Annotated[
-        bool, typer.Option("--zero-points", help="int4 with a zero point for each block.")
+        bool, typer.Option("--zero-points", help="Integers with a zero point for each block.")
     ] = False,
     accuracy_level: Annotated[
         int | None,
@@ -38,7 +39,7 @@ def command(
             min=0,
             max=4,
             show_default="4",
-            help="How int4 products take x: 0 any, 1 float32, 2 float16, 4 int8 (quickest).",
+            help="How integer products take x: 0 any, 1 float32, 2 float16, 4 int8 (quickest).",
         ),
     ] = None,
     include: Include = None,
@@ -59,9 +60,11 @@ def command(
     from lorasurgery.operations.quantize import QuantizeOptions, quantize
 
     source, wanted, unwanted = resolve(base), tuple(include or ()), tuple(exclude or ())
-    int4 = {"--zero-points": zero_points, "--accuracy-level": accuracy_level is not None}
-    if weights != "int4" and (given := [flag for flag, on in int4.items() if on]):
-        raise UsageError(f"{given[0]}: belongs to int4. Pass --weights int4, or take it away.")
+    integers = {"--zero-points": zero_points, "--accuracy-level": accuracy_level is not None}
+    if weights == "nf4" and (given := [flag for flag, on in integers.items() if on]):
+        raise UsageError(
+            f"{given[0]}: belongs to integers. Pass --weights int4 or int8, or take it away."
+        )
     if source.suffix == ".onnx":
         from lorasurgery.operations.quantize_onnx import OnnxQuantizeOptions, quantize_onnx
 
@@ -70,9 +73,9 @@ def command(
         onnx = OnnxQuantizeOptions(weights, block_size, not zero_points, accuracy, wanted, unwanted)
         carry_out(lambda output, how: quantize_onnx(source, output, onnx, how), writing, printing)
         return
-    if weights == "int4":
+    if weights != "nf4":
         raise UsageError(
-            f"--weights int4: needs an ONNX file, and {source} is none. Export it first."
+            f"--weights {weights}: needs an ONNX file, and {source} is none. Export it first."
         )
     options = QuantizeOptions(CodecOptions(block_size or 64, double_quant), wanted, unwanted)
     carry_out(lambda output, how: quantize(source, output, options, how), writing, printing)

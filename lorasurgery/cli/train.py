@@ -131,6 +131,14 @@ class Seen:
     length: Annotated[
         int, typer.Option("--length", min=2, help="Tokens of an example, at most.")
     ] = 512
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--classes",
+            metavar="LABEL",
+            help="Classify {text, label} as these, in this order; repeatable.",
+        ),
+    ] = None
     pack: Annotated[bool, typer.Option("--pack", help="Put short examples into one row.")] = False
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the base.")
@@ -230,7 +238,7 @@ def _options(
             tuple(what.layers or ()),
             tuple(what.modules_to_save or ()),
         ),
-        Reading(seen.length, seen.pack),
+        Reading(seen.length, seen.pack, tuple(seen.classes) if seen.classes else None),
         Pace(
             how.steps, how.epochs, how.batch, how.accumulate, how.lr, how.weight_decay, how.warmup,
             how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2), budget=how.state_budget),

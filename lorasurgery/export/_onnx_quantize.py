@@ -12,7 +12,8 @@ from lorasurgery.arrays import NUMPY, as_bytes
 from lorasurgery.errors import ValueRangeError
 from lorasurgery.export._onnx_edit import MICROSOFT, Edited
 from lorasurgery.export._onnx_linear import Linear
-from lorasurgery.export._onnx_schemes import Scheme, metrics
+from lorasurgery.export._onnx_schemes import Ints, Scheme, metrics
+from lorasurgery.export._onnx_tied import share
 from lorasurgery.report import Result
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ class Packing:
         self.result = Result(self.linear.module, facts, {name: digest}, written)
 
 
-def replace_products(edited: Edited, chosen: list[Linear], scheme: Scheme) -> list[Packing]:
-    """Change the graph; the weights are packed when it is written."""
+def replace_products(
+    edited: Edited, chosen: list[Linear], scheme: Scheme, *, tied: bool = False
+) -> list[Packing]:
+    """Change the graph; the weights are packed when it is written. `tied`: embeddings read them too."""
     edited.use_domain()
     packings: dict[tuple[str, bool], tuple[Packing, list[Any]]] = {}
     for linear in chosen:
@@ -77,6 +80,8 @@ def replace_products(edited: Edited, chosen: list[Linear], scheme: Scheme) -> li
             packings[key] = packing, _inputs(edited, linear, packing)
         for index in linear.nodes:
             _replace(edited, edited.nodes[index], scheme, packings[key][1], linear.shape)
+        if tied and linear.elsewhere and isinstance(scheme, Ints):
+            share(edited, linear, scheme, packings[key][1])
     return [packing for packing, _ in packings.values()]
 
 

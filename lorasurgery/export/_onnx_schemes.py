@@ -1,6 +1,6 @@
 """How a weight [out, in] is packed for onnxruntime's operators that multiply by quantized weights.
 
-MatMulBnb4 takes NF4 as bitsandbytes packs it; MatMulNBits takes int4 in blocks of each row.
+MatMulBnb4 takes NF4 as bitsandbytes packs it; MatMulNBits takes int4 or int8 in blocks of each row.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lorasurgery.errors import ValueRangeError
-from lorasurgery.export import _onnx_int4
+from lorasurgery.export import _onnx_ints
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
@@ -66,9 +66,10 @@ class Nf4:
 
 
 @dataclass(frozen=True, slots=True)
-class Int4:
-    """int4 with a scale, and unless symmetric a zero point, for each `block` weights of a row."""
+class Ints:
+    """int4 or int8 with a scale, and unless symmetric a zero point, for each `block` weights of a row."""
 
+    bits: int = 4
     block: int = 32
     symmetric: bool = True
     accuracy: int = 4  # how x is taken: 0 as the kernel likes, 1 float32, 2 float16, 4 int8
@@ -77,16 +78,18 @@ class Int4:
     @property
     def suffixes(self) -> Mapping[str, str]:
         zeros = {} if self.symmetric else {"zeros": "U8"}
-        return {"int4": "U8", "scales": "like x", **zeros}
+        return {f"int{self.bits}": "U8", "scales": "like x", **zeros}
 
     def shapes(self, out: int, in_: int) -> dict[str, tuple[int, ...]]:
-        blocks = -(-in_ // self.block)
-        shapes = {"int4": (out, blocks, self.block // 2), "scales": (out, blocks)}
-        return shapes if self.symmetric else {**shapes, "zeros": (out, -(-blocks // 2))}
+        blocks, a_byte = -(-in_ // self.block), 8 // self.bits
+        shapes = {
+            f"int{self.bits}": (out, blocks, self.block // a_byte), "scales": (out, blocks),
+        }  # fmt: skip
+        return shapes if self.symmetric else {**shapes, "zeros": (out, -(-blocks // a_byte))}
 
     def attributes(self, out: int, in_: int) -> dict[str, int]:
         return {
-            "K": in_, "N": out, "bits": 4, "block_size": self.block,
+            "K": in_, "N": out, "bits": self.bits, "block_size": self.block,
             "accuracy_level": self.accuracy,
         }  # fmt: skip
 
@@ -103,11 +106,14 @@ class Int4:
         for start in range(0, out, step):
             rows = slice(start, start + step)
             wide = w[rows].astype(np.float32)
-            codes, scales, zeros = _onnx_int4.quantize(wide, self.block, symmetric=self.symmetric)
-            parts["int4"][rows], parts["scales"][rows] = _onnx_int4.packed(codes), scales
+            codes, scales, zeros = _onnx_ints.quantize(
+                wide, self.block, self.bits, symmetric=self.symmetric
+            )
+            parts[f"int{self.bits}"][rows] = _onnx_ints.packed(codes, self.bits)
+            parts["scales"][rows] = scales
             if not self.symmetric:
-                parts["zeros"][rows] = _onnx_int4.packed(zeros)
-            lost = _onnx_int4.dequantize(codes, parts["scales"][rows], zeros, in_) - wide
+                parts["zeros"][rows] = _onnx_ints.packed(zeros, self.bits)
+            lost = _onnx_ints.dequantize(codes, parts["scales"][rows], zeros, in_) - wide
             error2 += float(np.dot(lost.reshape(-1), lost.reshape(-1)))
             norm2 += float(np.dot(wide.reshape(-1), wide.reshape(-1)))
             largest = max(largest, float(np.abs(lost).max(initial=0)))
@@ -120,7 +126,10 @@ _TILE = 1 << 18  # weights, so that what is made of them fits in a cache
 
 def scheme(weights: str, block: int | None, *, symmetric: bool, accuracy: int) -> Scheme:
     """The scheme that a user names; raises ValueRangeError for a block size that its operator lacks."""
-    made: Scheme = Nf4(block or 64) if weights == "nf4" else Int4(block or 32, symmetric, accuracy)
+    bits = 8 if weights == "int8" else 4
+    made: Scheme = (
+        Nf4(block or 64) if weights == "nf4" else Ints(bits, block or 32, symmetric, accuracy)
+    )
     if block not in (None, *BLOCKS):
         raise ValueRangeError(
             f"--block-size: {block} is none that {made.op} takes ({', '.join(map(str, BLOCKS))}). "

@@ -9,6 +9,14 @@ from lorasurgery.kernels._merge_nf4_triton import _delta, _rounded, _sum
 from lorasurgery.kernels._merge_triton import _float
 from lorasurgery.kernels._merge_triton import _rounded as _narrow
 from lorasurgery.kernels._nf4_triton import code_of, largest_of, normalized
+from lorasurgery.kernels._tuning import Config
+
+# WEIGHTS of a program, or a block's if that has more
+MERGE = (
+    Config(WEIGHTS=1024, num_warps=4),
+    Config(WEIGHTS=2048, num_warps=8),
+    Config(WEIGHTS=512, num_warps=4),
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -10,9 +10,8 @@ from lorasurgery.kernels._tuning import Config
 
 # WEIGHTS of a program, or a block's if that has more
 MERGE = (
-    Config(WEIGHTS=1024, num_warps=4),
-    Config(WEIGHTS=2048, num_warps=8),
     Config(WEIGHTS=512, num_warps=4),
+    Config(WEIGHTS=2048, num_warps=8),
 )
 
 

@@ -23,6 +23,8 @@ DEQUANTIZE = (
     Config(SIZE=8192, num_warps=8),
     Config(SIZE=2048, num_warps=2),
 )
+# a scale for every few weights takes registers
+DEQUANTIZE_SMALL = (Config(SIZE=1024, num_warps=4), Config(SIZE=2048, num_warps=4))
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -68,6 +68,12 @@ def reference(
     return lora_merge.reference(w.view(b.shape[0], a.shape[1]), a, b, dtype, seed, offset)
 
 
+def rows_at_a_time(columns: int, block: int) -> int:
+    """About a TILE of them, that begin with a block and with a byte wherever they do."""
+    least = 2 * block // gcd(2 * block, max(1, columns))
+    return least * max(1, TILE // max(1, least * columns))
+
+
 def cpu(
     codes: Array, absmax: Array, block: int, a: Array, b: Array, decoded: Any, dtype: Any,
     seed: int | None = None, offset: int = 0,
@@ -75,8 +81,7 @@ def cpu(
     """The same in numba, some rows at a time that are whole blocks and bytes."""
     rows, columns = len(b), a.shape[1]
     out, sums = np.empty((rows, columns), dtype), np.zeros(3)
-    least = 2 * block // gcd(2 * block, max(1, columns))
-    step = least * max(1, TILE // max(1, least * columns))
+    step = rows_at_a_time(columns, block)
     for start in range(0, rows, step):
         here = slice(start, min(start + step, rows))
         first, n = start * columns, (here.stop - start) * columns
@@ -84,7 +89,9 @@ def cpu(
             codes[first // 2 : -(-(first + n) // 2)],
             absmax[first // block : -(-(first + n) // block)],
         )
-        w = nf4_dequantize.cpu(*part, block, n, decoded, NF4).reshape(-1, columns)
+        w = nf4_dequantize.cpu(*part, block, n, decoded, NF4).reshape(
+            -1 if columns else len(b[here]), columns
+        )
         out[here], *found = lora_merge.cpu(w, a, b[here], dtype, seed, offset + first)
         sums += found
     signal, power, noise2 = map(float, sums)
@@ -98,8 +105,7 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import decode_merge
-    from lorasurgery.kernels._merge_nf4_triton import MERGE
+    from lorasurgery.kernels._merge_mixed_triton import MERGE, decode_merge
     from lorasurgery.kernels._tuning import Config, tuned
 
     shape, device = (b.shape[0], a.shape[1]), codes.device
@@ -117,7 +123,7 @@ def launch(
         decode_merge[(programs,)](
             *inputs, as_bits, sums[0], table, out.numel(), shape[1], len(a), offset, k1, k2,
             DTYPE=dtype_name(decoded), KIND=dtype_name(dtype), CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=False,
+            BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip
 
     if out.numel():
@@ -134,7 +140,7 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     kinds = torch.bfloat16, torch.float16, torch.float32
     for label, (codes, absmax, block, a, b, decoded, *more) in nf4_merge.cases(rng):
         if not more:
-            for dtype in {decoded, torch.float32, kinds[len(b) % 3]}:
+            for dtype in dict.fromkeys((decoded, torch.float32, kinds[len(b) % 3])):
                 call = codes, absmax, block, a, b, decoded, dtype
                 yield f"{label}-{dtype}", call
                 yield f"{label}-{dtype}-seed", (*call, 5, (1 << 32) - 2 * block)

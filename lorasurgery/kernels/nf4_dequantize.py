@@ -122,7 +122,7 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
     """The same in Triton: half a byte read a weight, and the result written."""
     import torch
 
-    from lorasurgery.kernels._nf4_triton import DEQUANTIZE, dequantize
+    from lorasurgery.kernels._nf4_triton import DEQUANTIZE, DEQUANTIZE_SMALL, dequantize
     from lorasurgery.kernels._tuning import Config, of_32_threads, tuned
 
     out = torch.empty(n, dtype=dtype, device=codes.device)
@@ -136,7 +136,8 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
         )  # fmt: skip
 
     if n:
-        tuned("dequantize", of_32_threads(DEQUANTIZE), (out, block), start)
+        configs = DEQUANTIZE if block >= 32 else DEQUANTIZE_SMALL
+        tuned("dequantize", of_32_threads(configs), (out, block), start)
     return out
 
 

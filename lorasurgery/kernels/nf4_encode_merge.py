@@ -7,7 +7,6 @@ of `lora_merge`, bit for bit, without the float32 weights in memory; the noise i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta, lora_merge, nf4_dequantize, nf4_quantize
 from lorasurgery.kernels._chance import keys
 from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
-from lorasurgery.kernels.nf4_decode_merge import TILE
+from lorasurgery.kernels.nf4_decode_merge import rows_at_a_time
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -87,8 +86,7 @@ def cpu(
     rows, columns = w.shape
     codes, scales = np.empty(-(-w.size // 2), np.uint8), np.empty(-(-w.size // block), np.float32)
     sums, wide = np.zeros(3), np.dtype(np.float32)
-    least = 2 * block // gcd(2 * block, max(1, columns))
-    step = least * max(1, TILE // max(1, least * columns))
+    step = rows_at_a_time(columns, block)
     for start in range(0, rows, step):
         here, first = slice(start, start + step), start * columns
         total, *_ = lora_merge.cpu(w[here], a, b[here], wide)
@@ -113,8 +111,7 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import encode_merge
-    from lorasurgery.kernels._merge_nf4_triton import MERGE
+    from lorasurgery.kernels._merge_mixed_triton import MERGE, encode_merge
     from lorasurgery.kernels._tuning import Config, tuned
 
     n, device, keep = w.numel(), w.device, absmax is not None
@@ -133,7 +130,7 @@ def launch(
         encode_merge[(programs,)](
             w.view(torch.int16) if bfloat else w, given, a, b, codes, scales, sums[0], table, n,
             w.shape[1], len(a), offset, k1, k2, BFLOAT=bfloat, KEEP=keep, CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=False,
+            BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:

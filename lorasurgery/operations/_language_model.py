@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,26 +46,17 @@ class LanguageModel:
         ][0]
         return tokens
 
-    def complete(self, prompt: str, tokens: int, *, chat: bool) -> str:
-        """The greedy continuation, at most so many tokens; `chat` puts the prompt into the template."""
-        if chat:
-            turns = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        given = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-        made = self.model.generate(**given, max_new_tokens=tokens, do_sample=False)
-        new = made[0, given["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-
 
 def load(
     path: Path,
     dtype: str = "float32",
     adapter: Path | None = None,
+    classes: Sequence[str] | None = None,
     nf4: CodecOptions | None = None,
 ) -> LanguageModel:
-    """With an adapter beside it, if one is given; `nf4`: linear weights that are not NF4 become it.
+    """With an adapter beside it, if one is given; with `classes`, as a classifier of sequences.
+
+    `nf4`: linear weights that are not NF4 become it.
 
     Raises UsageError where the extra is missing, FormatError for what transformers cannot load, and
     what an adapter that does not fit raises.
@@ -77,16 +68,17 @@ def load(
     if not (path / "config.json").is_file():
         raise FormatError(f"{path}: no config.json in it, so that no model can be built. Name one.")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         with _quiet():
+            kind, more = _kind(classes)
             if nf4 or (adapter and open_model(path).weights.packed):
                 from lorasurgery.training.nf4.load import load as load_nf4
 
-                model = load_nf4(path, getattr(torch, dtype), nf4 or CodecOptions())
+                model = load_nf4(path, getattr(torch, dtype), nf4 or CodecOptions(), kind, more)
             else:
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+                model = kind.from_pretrained(path, dtype=getattr(torch, dtype), **more)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -104,6 +96,15 @@ def windows(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         part = tokens[start : start + size]
         if len(part) > 1:
             yield start, part
+
+
+def _kind(classes: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
+    """transformers' class, and what it must be told."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if classes is None:
+        return AutoModelForCausalLM, {}
+    return AutoModelForSequenceClassification, {"num_labels": len(classes)}
 
 
 @contextmanager

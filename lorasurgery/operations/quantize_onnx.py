@@ -1,4 +1,4 @@
-"""Quantize an ONNX file, whoever exported it: MatMul to MatMulBnb4 (NF4) or MatMulNBits (int4)."""
+"""Quantize an ONNX file, whoever exported it: MatMul to MatMulBnb4 (NF4) or MatMulNBits (int4, int8)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lorasurgery.export._onnx_edit import open_for_surgery
 from lorasurgery.export._onnx_linear import Linear, linears
 from lorasurgery.export._onnx_quantize import replace_products
 from lorasurgery.export._onnx_schemes import Scheme, scheme
+from lorasurgery.export._onnx_standard import spell_out
 from lorasurgery.export._onnx_write import check_file
 from lorasurgery.formats.onnx import File
 from lorasurgery.model import matches
@@ -22,19 +23,26 @@ from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 
 # as of a model directory: embeddings and what is tied to them, and the output head
-_LEFT_OUT = ("*embed*", "*lm_head*", "*wte*")
+_HEAD = ("*lm_head*",)
+_LEFT_OUT = ("*embed*", *_HEAD, "*wte*")
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxQuantizeOptions:
-    """`block` None: 64 for NF4, 32 for int4. Globs look at modules, initializers and nodes."""
+    """`block` None: 64 for NF4, 32 for integers. Globs look at modules, initializers and nodes.
 
-    weights: Literal["nf4", "int4"] = "nf4"
+    `head`: the output head too, and an embedding that is tied to it. `standard`: operators that
+    onnx.checker does not know in ONNX's own domain are spelled out.
+    """
+
+    weights: Literal["nf4", "int4", "int8"] = "nf4"
     block: int | None = None
     symmetric: bool = True
     accuracy: int = 4
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    head: bool = False
+    standard: bool = False
 
     @property
     def scheme(self) -> Scheme:
@@ -45,7 +53,7 @@ class OnnxQuantizeOptions:
         return {
             "weights": self.weights, "block_size": self.scheme.attributes(1, 1)["block_size"],
             "symmetric": self.symmetric, "accuracy_level": self.accuracy,
-            "include": list(self.include), "exclude": list(self.exclude),
+            "include": list(self.include), "exclude": list(self.exclude), "head": self.head,
         }  # fmt: skip
 
 
@@ -61,7 +69,9 @@ def quantize_onnx(
         check_file(output, base, overwrite=how.output.overwrite)
     edited = open_for_surgery(base)
     chosen = choose(edited.file, options)
-    packings = replace_products(edited, chosen, options.scheme)
+    if options.standard:
+        spell_out(edited)
+    packings = replace_products(edited, chosen, options.scheme, tied=options.head)
 
     def report(nbytes: int) -> Report:
         results = tuple(packing.finish() for packing in packings)
@@ -82,8 +92,7 @@ def choose(file: File, options: OnnxQuantizeOptions) -> list[Linear]:
             )
     chosen = [
         linear for linear in found
-        if (_matches(file, linear, options.include) if options.include else not _matches(file, linear, _LEFT_OUT))
-        and not _matches(file, linear, options.exclude)
+        if _wanted(file, linear, options) and not _matches(file, linear, options.exclude)
     ]  # fmt: skip
     if not chosen:
         raise MatchError(
@@ -92,6 +101,14 @@ def choose(file: File, options: OnnxQuantizeOptions) -> list[Linear]:
             "weights as initializers, or name some with --include."
         )
     return chosen
+
+
+def _wanted(file: File, linear: Linear, options: OnnxQuantizeOptions) -> bool:
+    if options.head and _matches(file, linear, _HEAD):
+        return True
+    if options.include:
+        return _matches(file, linear, options.include)
+    return not _matches(file, linear, _LEFT_OUT)
 
 
 def _matches(file: File, linear: Linear, patterns: Sequence[str]) -> bool:

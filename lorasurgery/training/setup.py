@@ -41,8 +41,12 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     method = cast(Method, methods.load(options.method))
     own = method.Options() if options.own is None else options.own
     method.configure(options.wanted, own)  # before a model is loaded for nothing
+    torch.manual_seed(options.wanted.seed)  # a head that the base lacks is drawn
+    classes = options.reading.classes
     language = _language(base, options)
     model = language.model.to(device(options.machine.device))
+    if classes:
+        model.config.pad_token_id = _padding(language)  # what comes last in a row is told by it
     data = _read(options.data, language, options)
     held_out = _read(options.held.data, language, options) if options.held.data else []
     recipe = _recipe(options, len(data))
@@ -52,14 +56,14 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     found = attach.places(model, options.targets)
     factors = method.start(found, config, own, recipe.seed)
     layers = attach.attach(model, found, config, factors, wanted.dropout)
-    detours = attach.detours(model, layers, method.TRAINED, options.targets.whole)
+    detours = attach.detours(model, layers, method.TRAINED, _whole(model, options))
     _ready(model, recipe)
     rate = method.RATE if options.pace.rate is None else options.pace.rate
     groups = tuple(method.groups(detours.named(), Rates(rate, options.pace.decay), own))
     optimizer = optimizers.make(options.pace.optimizer, groups, options.pace.settings)
     parts = Parts(detours, method.hooks(layers, wanted, own), optimizer, data, _padding(language))
     said = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
         "lora_dropout": wanted.dropout,
         "vera_dropout": wanted.dropout,
     }
@@ -72,9 +76,16 @@ def _language(base: Path, options: TrainOptions) -> LanguageModel:
     if nf4:
         asked.check_method(options.method)
     asked.check_base(base, nf4)
-    found = load(base, options.machine.dtype, nf4=nf4)
+    found = load(base, options.machine.dtype, classes=options.reading.classes, nf4=nf4)
     asked.check_whole(found.model, options.targets.whole)
     return found
+
+
+def _whole(model: nn.Module, options: TrainOptions) -> tuple[str, ...]:
+    """What is trained without factors: of a classifier its head, if nothing else is named."""
+    if options.targets.whole or not options.reading.classes:
+        return options.targets.whole
+    return tuple(name for name, _ in model.named_children() if name in attach.HEADS)
 
 
 def device(name: str) -> torch.device:

@@ -28,6 +28,7 @@ from lorasurgery.place import check_apart, check_free, check_room, recover, writ
 from lorasurgery.report import Report, read_manifest
 from lorasurgery.surgery import RunOptions, stamp
 from lorasurgery.training import setup, state, written
+from lorasurgery.training.interrupt import Interrupt
 from lorasurgery.training.method import Group
 from lorasurgery.training.options import TrainOptions
 from lorasurgery.training.records import files
@@ -124,7 +125,7 @@ class _Run:
         if saved.exists():
             trainer.restore(state.load(saved))
         path = output.partial / METRICS
-        with writing(path, "the metrics"), path.open("ab") as file:
+        with Interrupt() as stop, writing(path, "the metrics"), path.open("ab") as file:
             file.truncate(trainer.metrics)
             while not trainer.over:
                 began = time.perf_counter()
@@ -138,9 +139,11 @@ class _Run:
                 file.flush()
                 trainer.metrics = file.tell()
                 self.options.watch(told, recipe.steps)
-                if trainer.due(recipe.save_every):
+                if stop.wanted or trainer.due(recipe.save_every):
                     os.fsync(file.fileno())
                     state.save(trainer.capture(), saved)
+                if stop.wanted:
+                    raise KeyboardInterrupt
 
     def _figures(self) -> dict[str, float]:
         trainer = self.prepared.trainer
@@ -165,6 +168,8 @@ class _Run:
         with writing(output.partial, "the adapter"):
             dialect.write(adapter, output.partial)
         report = replace(report, seconds=time.perf_counter() - self.started)
-        outcome = Outcome("train", adapter, self.inputs, self.options.settings, (), report.total)
-        output.commit({MANIFEST: manifest_of(outcome, adapter, report, self.plan)})
+        read = written.digests(self.base, adapter)
+        outcome = Outcome("train", adapter, self.inputs, self.options.settings, read, report.total)
+        content = manifest_of(outcome, adapter, replace(report, results=read), self.plan)
+        output.commit({MANIFEST: content})
         return report

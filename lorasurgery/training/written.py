@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Adapter, Site
+from lorasurgery.model import open_model
+from lorasurgery.operations._right_base import digest
+from lorasurgery.report import Result
+from lorasurgery.targets import resolve
 from lorasurgery.tensors import TensorInfo
 from lorasurgery.training.adapted import Adapted, turned
 from lorasurgery.training.attach import Detours
@@ -32,6 +36,13 @@ def adapter(detours: Detours, base: str, path: Path, settings: Mapping[str, Any]
         load_added=lambda name: array(detours.whole[name]),
         settings=settings,
     )
+
+
+def digests(base: Path, adapter: Adapter) -> tuple[Result, ...]:
+    """The hash of each of the base's weights that the adapter is for, as a merge would note it."""
+    model = open_model(base)
+    names = resolve(model, adapter, routed=True).targets
+    return tuple(Result(name, {}, {name: digest(model, name)}, {}) for name in names)
 
 
 def _site(module: str, layer: Adapted) -> Site:

@@ -140,7 +140,11 @@ def test_peft_loads_what_is_written_and_computes_what_was_trained(base, tmp_path
     prepared = begin(base, replace(asked(method, rate), pace=replace(options().pace, rate=rate)))
     for _ in range(3):
         prepared.trainer.step()
-    run(base, tmp_path / "out", replace(asked(method, rate), pace=replace(options().pace, rate=rate)))
+    run(
+        base,
+        tmp_path / "out",
+        replace(asked(method, rate), pace=replace(options().pace, rate=rate)),
+    )
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = logits(plain)
     loaded = logits(PeftModel.from_pretrained(plain, str(tmp_path / "out")))

@@ -5,7 +5,9 @@ transformers builds the model without data and reads all that is not packed; the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -26,16 +28,22 @@ from lorasurgery.training.nf4.stored import PackedWeights
 _METHOD = "lorasurgery_nf4"
 
 
-def load(path: Path, dtype: torch.dtype, options: CodecOptions) -> Any:
-    """The model; what is not NF4 is in `dtype`.
+def load(
+    path: Path,
+    dtype: torch.dtype,
+    options: CodecOptions,
+    kind: Any = AutoModelForCausalLM,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The model, of some class and with facts for its config; what is not NF4 is in `dtype`.
 
     Raises what transformers raises for a directory that it cannot load; FormatError and MatchError.
     """
     weights = PackedWeights(open_model(path), options)
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, **facts)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model = kind.from_pretrained(
         path, config=config, dtype=dtype, quantization_config=_Weights(weights)
     )
     # nothing is left that transformers would have to know of

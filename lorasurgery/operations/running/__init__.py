@@ -1,0 +1,1 @@
+"""A model in the runtime that it is for."""
