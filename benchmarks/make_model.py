@@ -34,6 +34,7 @@ SHAPES = {
     "llama-1b": Shape(2048, 16, 32, 8, 8192, 128256),  # Llama-3.2-1B: 1.24 B parameters
     # two layers of it, for peers that need a whole SVD of each weight: 0.19 B parameters
     "llama-1b-part": Shape(2048, 2, 32, 8, 8192, 32000),
+    "smollm2": Shape(576, 30, 9, 3, 1536, 49152),  # SmolLM2-135M
     "toy": Shape(128, 2, 4, 2, 320, 512),
 }
 

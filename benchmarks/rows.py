@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import adapter_rows
+from benchmarks import adapter_rows, train_rows
 from benchmarks.processes import run
 from benchmarks.racing import OURS, PEERS, Contender, Row, Setting, Side, alternate, compare
 
@@ -127,4 +127,5 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "adalora": adapter_rows.convert_adalora, "vera-kernel": adapter_rows.vera_in_process,
     "adalora-kernel": adapter_rows.adalora_in_process, "prune": prune, "extract": extract,
     "extract-files": adapter_rows.extract_files, "help": help_, "inspect": inspect,
+    "lora": train_rows.lora, "qlora": train_rows.qlora, "paged": train_rows.paged,
 }  # fmt: skip

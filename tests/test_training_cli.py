@@ -139,3 +139,46 @@ def test_metrics_and_report_say_what_was_done(base, tmp_path):
     assert said["base_fingerprint"].startswith("blake3:")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "loss", "grad_norm", "tokens", "rate", "seconds"} == set(rows[0])
+
+
+def test_qlora_packs_a_base_or_takes_a_packed_one_and_its_adapter_is_evaluated_beside_it(
+    base, tmp_path
+):
+    done("quantize", base, "-o", tmp_path / "nf4")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.read_text()[:400])
+    flags = ("--lr", 0.05, "--qlora", "--json")
+    now = done("train", base, "--data", TEXT, "-o", tmp_path / "now", *SHORT, *flags)
+    before = done(
+        "train", tmp_path / "nf4", "--data", TEXT, "-o", tmp_path / "then", *SHORT, *flags
+    )
+    one, two = (json.loads(said)["total"] for said in (now, before))
+    assert one == two
+    assert json.loads((tmp_path / "now" / "surgery.json").read_text())["settings"]["machine"]["nf4"] == {
+        "block": 64, "double": True, "extra": {},
+    }  # fmt: skip
+    done("dequantize", tmp_path / "nf4", "-o", tmp_path / "plain")
+    done("merge", tmp_path / "plain", tmp_path / "now", "-o", tmp_path / "merged")
+    call = ("evaluate", tmp_path / "nf4", tmp_path / "merged", "--adapter", tmp_path / "then")
+    found = json.loads(done(*call, "--text", text, "--json"))
+    assert found["divergence"] < 1e-7
+    call = ("train", base, "--data", TEXT, "-o", tmp_path / "no", "--qlora", "--block-size", 60)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert refused(*call, *SHORT) == (1, (
+        f"{name}: block size 60 is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096. Pass one of them as "
+        "--block-size."
+    ))  # fmt: skip
+
+
+def test_the_budget_of_paged_state_is_a_size(base, tmp_path):
+    flags = ("--optimizer", "paged-adamw", "--state-budget", "8KiB")
+    done("train", base, "--data", TEXT, "-o", tmp_path / "out", *SHORT, *flags)
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
+    # 3712 parameters of 8 bytes in pages of 2 KiB, 4 of which stay
+    assert [row["pages_fetched"] for row in rows] == [0, 11, 11]
+    assert [row["pages_written"] for row in rows] == [11, 11, 11]
+    code, said = refused("train", base, "--data", TEXT, "-o", tmp_path / "no", *flags[:3], "lots")
+    assert code == 2
+    assert "'lots' is no size. Write it as 512MB or 2GiB." in " ".join(said.split())

@@ -12,6 +12,7 @@ from lorasurgery.cli._method_flags import MethodFlags, own_options
 from lorasurgery.cli._options import Base, Printing, Writing
 from lorasurgery.cli._print import table
 from lorasurgery.cli._report import carry_out
+from lorasurgery.cli._sizes import size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +87,19 @@ class How:
         float,
         typer.Option("--clip", min=0.0, help="Norm of the gradient, at most; 0: whatever it is."),
     ] = 1.0
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, sgd.")] = "adamw"
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, paged-adamw, sgd.")] = (
+        "adamw"
+    )
+    state_budget: Annotated[
+        int | None,
+        typer.Option(
+            "--state-budget",
+            parser=size,
+            metavar="SIZE",
+            show_default="all of it",
+            help="paged-adamw: of its state in memory; the rest is in a file, or a GPU's in the host.",
+        ),
+    ] = None
     beta2: Annotated[float, typer.Option("--beta2", help="AdamW's.")] = 0.999
     seed: Annotated[int, typer.Option("--seed", help="Of factors, order and dropout.")] = 0
 
@@ -131,6 +144,18 @@ class Seen:
         Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the base.")
     ] = "float32"
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply in bfloat16 (autocast).")] = False
+    qlora: Annotated[
+        bool,
+        typer.Option("--qlora", help="Linear weights in NF4, as they are stored or packed now."),
+    ] = False
+    block_size: Annotated[
+        int,
+        typer.Option("--block-size", help="Weights that share a scale, if they are packed now."),
+    ] = 64
+    double_quant: Annotated[
+        bool,
+        typer.Option("--double-quant/--no-double-quant", help="Pack the scales as well, likewise."),
+    ] = True
     checkpointing: Annotated[
         bool,
         typer.Option("--checkpointing", help="Compute activations again instead of keeping them."),
@@ -193,6 +218,7 @@ def train_options(
     base: str, data: list[str], method: str, given: tuple[What, How, Any, Kept, Seen]
 ) -> Any:
     """TrainOptions of the flags; `own` are the method's, or None."""
+    from lorasurgery.codec import CodecOptions
     from lorasurgery.training.attach import Targets
     from lorasurgery.training.examples import Reading
     from lorasurgery.training.method import Wanted
@@ -200,6 +226,7 @@ def train_options(
     from lorasurgery.training.options import Held, Machine, Pace, TrainOptions
 
     what, how, own, kept, seen = given
+    nf4 = CodecOptions(seen.block_size, seen.double_quant) if seen.qlora else None
     return TrainOptions(
         method,
         tuple(data),
@@ -215,10 +242,10 @@ def train_options(
         Reading(seen.length, seen.pack, tuple(seen.classes) if seen.classes else None),
         Pace(
             how.steps, how.epochs, how.batch, how.accumulate, how.lr, how.weight_decay, how.warmup,
-            how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2)),
+            how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2), budget=how.state_budget),
         ),
         Held(tuple(kept.eval_data or ()), kept.eval_every, kept.patience, kept.save_every),
-        Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing),
+        Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing, nf4),
         seen.dialect,
     )  # fmt: skip
 

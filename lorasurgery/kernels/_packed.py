@@ -109,7 +109,8 @@ def product(x: Array, w: Packed) -> Array:
 def _scales(w: Packed) -> Array:
     """float32, those of the first level."""
     scales: Array = w.absmax
-    return double_dequantize.cpu(scales, w.nested, w.offset) if w.double else scales
+    # an offset of [1] as well as a scalar
+    return double_dequantize.cpu(scales, w.nested, w.offset.reshape(())) if w.double else scales
 
 
 def pointers(w: Packed) -> tuple[Tensor, ...]:

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasurgery.codec import CodecOptions
 from lorasurgery.errors import FormatError, UsageError
+from lorasurgery.model import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +52,11 @@ def load(
     dtype: str = "float32",
     adapter: Path | None = None,
     classes: Sequence[str] | None = None,
+    nf4: CodecOptions | None = None,
 ) -> LanguageModel:
     """With an adapter beside it, if one is given; with `classes`, as a classifier of sequences.
+
+    `nf4`: linear weights that are not NF4 become it.
 
     Raises UsageError where the extra is missing, FormatError for what transformers cannot load, and
     what an adapter that does not fit raises.
@@ -68,7 +73,12 @@ def load(
     try:
         with _quiet():
             kind, more = _kind(classes)
-            model = kind.from_pretrained(path, dtype=getattr(torch, dtype), **more)
+            if nf4 or (adapter and open_model(path).weights.packed):
+                from lorasurgery.training.nf4.load import load as load_nf4
+
+                model = load_nf4(path, getattr(torch, dtype), nf4 or CodecOptions(), kind, more)
+            else:
+                model = kind.from_pretrained(path, dtype=getattr(torch, dtype), **more)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]

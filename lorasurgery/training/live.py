@@ -87,7 +87,7 @@ def _has_detour(module: nn.Module, parameter: str, shares: tuple[Share, ...]) ->
 
 def _beside(live: nn.Module, owner: str, share: Share) -> Adapted:
     module = live.get_submodule(owner)
-    device = next(module.parameters(), torch.empty(0)).device
+    device = cast(torch.Tensor, module.weight).device
     factors = {n: torch.from_numpy(f).to(device) for n, f in share.site.load().items()}
     layer = wrap(module, share.site.config, factors).train(module.training)
     parent, _, child = owner.rpartition(".")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from lorasurgery import plugins
+from lorasurgery.errors import UsageError
 from lorasurgery.training.method import Group
 
 if TYPE_CHECKING:
@@ -22,11 +24,22 @@ class Settings:
 
 
 class Kind(Protocol):
-    """A module in optimizers/."""
+    """A module in optimizers/; BUDGETED says that it heeds Settings.budget."""
 
     def make(self, groups: Sequence[Group], settings: Settings) -> Optimizer:
         """State is made at the first step, and comes and goes by state_dict and load_state_dict."""
         ...
+
+
+def make(name: str, groups: Sequence[Group], settings: Settings) -> Optimizer:
+    """By the name that users type. Raises UnknownNameError; UsageError for a budget that means nothing to it."""
+    kind = plugins.load("training.optimizers", name.replace("-", "_"))
+    if settings.budget is not None and not getattr(kind, "BUDGETED", False):
+        raise UsageError(
+            f"--state-budget: means nothing to --optimizer {name}, whose state is in memory as a whole. Take "
+            "paged-adamw, or leave it out."
+        )
+    return cast(Kind, kind).make(groups, settings)
 
 
 def as_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:

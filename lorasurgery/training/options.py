@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
+from lorasurgery.codec import CodecOptions
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.examples import Reading
 from lorasurgery.training.method import Wanted
@@ -51,6 +52,7 @@ class Machine:
     device: str = "auto"
     autocast: bool = False
     checkpointing: bool = False
+    nf4: CodecOptions | None = None  # QLoRA: how linear weights are packed that are not yet
 
 
 @dataclass(frozen=True, slots=True)

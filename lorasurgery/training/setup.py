@@ -11,15 +11,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorasurgery import plugins
 from lorasurgery.errors import UsageError
 from lorasurgery.operations._language_model import LanguageModel, load
 from lorasurgery.training import attach, examples
 from lorasurgery.training import method as methods
+from lorasurgery.training import optimizer as optimizers
 from lorasurgery.training.attach import Detours
 from lorasurgery.training.examples import Example
 from lorasurgery.training.method import Group, Method, Rates
-from lorasurgery.training.optimizer import Kind
+from lorasurgery.training.nf4 import asked
+from lorasurgery.training.nf4.linear import NF4Linear
 from lorasurgery.training.options import Pace, TrainOptions
 from lorasurgery.training.recipe import Recipe
 from lorasurgery.training.trainer import Parts, Trainer
@@ -42,7 +43,7 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     method.configure(options.wanted, own)  # before a model is loaded for nothing
     torch.manual_seed(options.wanted.seed)  # a head that the base lacks is drawn
     classes = options.reading.classes
-    language = load(base, options.machine.dtype, classes=classes)
+    language = _language(base, options)
     model = language.model.to(device(options.machine.device))
     if classes:
         model.config.pad_token_id = _padding(language)  # what comes last in a row is told by it
@@ -59,8 +60,7 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     _ready(model, recipe)
     rate = method.RATE if options.pace.rate is None else options.pace.rate
     groups = tuple(method.groups(detours.named(), Rates(rate, options.pace.decay), own))
-    kind = cast(Kind, plugins.load("training.optimizers", options.pace.optimizer.replace("-", "_")))
-    optimizer = kind.make(groups, options.pace.settings)
+    optimizer = optimizers.make(options.pace.optimizer, groups, options.pace.settings)
     parts = Parts(detours, method.hooks(layers, wanted, own), optimizer, data, _padding(language))
     said = {
         "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
@@ -68,6 +68,17 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
         "vera_dropout": wanted.dropout,
     }
     return Prepared(Trainer(parts, recipe), groups, held_out, {**said, **config.extra})
+
+
+def _language(base: Path, options: TrainOptions) -> LanguageModel:
+    """The model, its linear weights in NF4 where that is asked for."""
+    nf4 = options.machine.nf4
+    if nf4:
+        asked.check_method(options.method)
+    asked.check_base(base, nf4)
+    found = load(base, options.machine.dtype, classes=options.reading.classes, nf4=nf4)
+    asked.check_whole(found.model, options.targets.whole)
+    return found
 
 
 def _whole(model: nn.Module, options: TrainOptions) -> tuple[str, ...]:
@@ -146,5 +157,8 @@ def describe(detours: Detours, groups: Sequence[Group]) -> dict[str, float]:
     every = {id(p): p.numel() for p in detours.model.parameters()}
     ours = {id(f) for layer in detours.layers.values() for f in layer.factors.values()}
     base = sum(count for key, count in every.items() if key not in ours)
-    return {"modules": len(detours.layers), "trained_parameters": trained, "base_parameters": base,
+    packed = [layer for layer in detours.model.modules() if isinstance(layer, NF4Linear)]
+    base += sum(layer.in_features * layer.out_features for layer in packed)
+    told: dict[str, float] = {"modules": len(detours.layers), "trained_parameters": trained, "base_parameters": base,
             "groups": len(groups)}  # fmt: skip
+    return told | ({"packed_bytes": sum(la.packed_bytes for la in packed)} if packed else {})

@@ -81,7 +81,8 @@ class Trainer:
         self.losses = [*self.losses, value][-_REMEMBERED:]
         told = {"step": number, "loss": value, "grad_norm": norm, "tokens": self.tokens}
         told |= {} if penalty is None else {"penalty": float(penalty.detach())}
-        return {**told, **_named_rates(rates), **parts.hooks.figures()}
+        paging: Mapping[str, float] = getattr(parts.optimizer, "figures", dict)()
+        return {**told, **_named_rates(rates), **parts.hooks.figures(), **paging}
 
     def batches(self, number: int) -> list[Batch]:
         """The micro-batches of a step: they follow from its number alone."""

@@ -1,0 +1,83 @@
+"""The rows of training: LoRA and QLoRA beside PEFT, a step of 4 x 256 tokens; and what paged state moves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.processes import run
+from benchmarks.racing import OURS, Row, Setting, Side
+
+RANK = 8
+_NEAR = 1e-4  # how far losses of two orders of float32 sums may lie apart
+
+
+def lora(setting: Setting) -> Row:
+    """Both in float32."""
+    return _raced(setting, "LoRA", "PEFT", _float32(setting))
+
+
+def qlora(setting: Setting) -> Row:
+    """Both on the same NF4 directory, computing in float32."""
+    plain = _float32(setting)
+    packed = plain.with_name(f"{plain.name}-nf4")
+    if not packed.exists():
+        run((*OURS, "quantize", plain, "-o", packed))
+    return _raced(setting, "QLoRA", "PEFT + bitsandbytes", packed, "--packed")
+
+
+def paged(setting: Setting) -> Row:
+    """With less and less of AdamW's state in memory, and the same losses to the last bit."""
+    sides, losses = [], set()
+    for share in (1.0, 0.5, 0.1):
+        done = run((*_command(setting), "paged", _float32(setting), "--share", str(share)))
+        told = json.loads(done.stdout)
+        moved = f"{told['pages_fetched']} + {told['pages_written']} pages a step"
+        name = "lorasurgery" if share == 1 else f"lorasurgery, {share:.0%} in memory: {moved}"
+        sides.append(Side(name, told["seconds"], [done.peak_mib]))
+        losses.add(tuple(told["losses"]))
+    assert len(losses) == 1, losses
+    return Row(f"a step of LoRA of rank {RANK} with paged AdamW, {_size(setting)}", tuple(sides))
+
+
+def _raced(setting: Setting, title: str, peer: str, base: Path, *flags: str) -> Row:
+    """By turns, each in a fresh process; losses are compared first."""
+    found: dict[str, list[tuple[dict[str, list[float]], float]]] = {"ours": [], "peer": []}
+    for _ in range(setting.repeats):
+        for side, runs in found.items():
+            done = run((*_command(setting), side, base, *flags))
+            runs.append((json.loads(done.stdout), done.peak_mib))
+    losses = [runs[0][0]["losses"] for runs in found.values()]
+    for one, two in zip(*losses, strict=True):
+        assert abs(one - two) < _NEAR, losses
+    sides = (
+        Side(who, [s for told, _ in runs for s in told["seconds"]], [peak for _, peak in runs])
+        for who, runs in zip(("lorasurgery", peer), found.values(), strict=True)
+    )
+    return Row(f"a step of {title} of rank {RANK}, {_size(setting)}", tuple(sides))
+
+
+def _toy(setting: Setting) -> bool:
+    return setting.part.name == "toy"
+
+
+def _size(setting: Setting) -> str:
+    return "toy, 4 x 16 tokens" if _toy(setting) else "SmolLM2-135M, 4 x 256 tokens, float32"
+
+
+def _command(setting: Setting) -> tuple[str, ...]:
+    length = ("--length", "16") if _toy(setting) else ()
+    return (sys.executable, "-m", "benchmarks.train_in_process", *length)
+
+
+def _float32(setting: Setting) -> Path:
+    """SmolLM2's sizes with random weights, or the toy, made once."""
+    shape = "toy" if _toy(setting) else "smollm2"
+    path = setting.part.with_name(f"{shape}-float32")
+    if not path.exists():
+        made = setting.part if _toy(setting) else setting.part.with_name(shape)
+        if not made.exists():
+            run((sys.executable, "-m", "benchmarks.make_model", shape, made))
+        run((*OURS, "convert-checkpoint", made, "-o", path, "--dtype", "float32"))
+    return path
