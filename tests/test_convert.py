@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small import adapter, base, tensors
 
 from lorasurgery import plugins
+from lorasurgery.operations.algebra.site_weights import SiteWeights
 
 PEFT = plugins.load("dialects", "peft").VARIANTS
 
@@ -73,6 +74,26 @@ def test_a_lora_there_and_back_changes_the_model_as_stated(
     back = facts("convert", there, "-o", tmp_path / "back", "--base", old, "--rank", 64, *more)
     assert error(old, tmp_path / "back", lora) == pytest.approx(stated, rel=1e-3, abs=1e-4)
     assert routed or back["total"]["relative_error"] < 1e-4
+
+
+def test_a_closed_form_that_is_kept_whole_reads_no_weight(
+    old: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = facts("convert", lora, "-o", tmp_path / "alone", "--bake-scale")
+
+    def read(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(SiteWeights, "read", read)
+    beside = facts("convert", lora, "-o", tmp_path / "beside", "--bake-scale", "--base", old)
+    one, other = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("alone", "beside")
+    )
+    assert {n: t.tolist() for n, t in one.items()} == {n: t.tolist() for n, t in other.items()}
+    assert alone["total"]["relative_error"] == beside["total"]["relative_error"] == 0
+    assert {row["weight_error"] for row in beside["tensors"].values()} == {0}
+    with pytest.raises(AssertionError, match="a weight was read"):
+        cli("convert", lora, "-o", tmp_path / "cut", "--rank", "1", "--base", old)
 
 
 def ia3(folder: Path, module: str, out: int) -> Path:
