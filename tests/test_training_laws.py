@@ -21,6 +21,8 @@ from lorasurgery.training import state
 from tests.training_case import begin, llama, logits, options, run, save_base, steps
 
 EVERY = methods.names()
+# AdaLoRA's factors begin small, so that three steps at a usual rate are hardly seen
+RATES = {"adalora": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,12 @@ def test_without_a_step_the_model_is_the_base_bit_for_bit(base, name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_is_written_merges_into_what_was_trained(base, name, tmp_path):
-    prepared = begin(base, options(name, rate=1e-2))
+    rate = RATES.get(name, 1e-2)
+    prepared = begin(base, options(name, rate=rate))
     steps(prepared, 3)
     prepared.trainer.parts.hooks.finish()
     trained = logits(prepared.trainer.parts.model)
-    run(base, tmp_path / "adapter", options(name, rate=1e-2))
+    run(base, tmp_path / "adapter", options(name, rate=rate))
     call = base, [str(tmp_path / "adapter")], tmp_path / "merged", MergeOptions(), RunOptions()
     if getattr(plugins.load("adapters", methods.load(name).VARIANT), "ROUTED", False):
         with pytest.raises(MatchError, match="a router chooses among its experts"):

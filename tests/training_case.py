@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorasurgery.output import OutputOptions
 from lorasurgery.surgery import RunOptions
+from lorasurgery.training import method as methods
 from lorasurgery.training import train as training
 from lorasurgery.training.examples import Reading
+from lorasurgery.training.kept import Kept, Weighed
 from lorasurgery.training.method import Wanted
 from lorasurgery.training.options import Machine, Pace, TrainOptions
 from lorasurgery.training.setup import Prepared, prepare
@@ -25,6 +29,31 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 VOCAB = 260
+
+
+@cache
+def kept() -> str:
+    """A file as `select` writes it: of each layer, two modules matter."""
+    sizes = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32),
+             "gate_proj": (48, 32), "up_proj": (48, 32), "down_proj": (32, 48)}  # fmt: skip
+    weighed = []
+    for layer in range(2):
+        for name, (out, in_) in sizes.items():
+            path = f"model.layers.{layer}.{'mlp' if out == 48 or in_ == 48 else 'self_attn'}.{name}"
+            keep = name == "q_proj" or (name, layer) in (("down_proj", 1), ("v_proj", 0))
+            weighed.append(Weighed(path, f"{name}.{out}x{in_}", 1.0, 1 / 14, 0.5, keep))
+    file = Path(mkdtemp()) / "kept.json"
+    Kept(tuple(weighed), {}).write(file)
+    return str(file)
+
+
+# what a method cannot do without, or does nothing without in three steps
+OWN: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+    "lora-drop": lambda: {"keep": kept()},
+    # few enough are left out that no module loses all
+    "adalora": lambda: {"init_r": 5},
+    "delta-lora": lambda: {"strength": 0.5, "start": 0},
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -60,6 +89,8 @@ def save_base(folder: Path, **changes: Any) -> Path:
 
 def options(method: str = "lora", *, own: Any = None, **changes: Any) -> TrainOptions:
     """A few quick steps on the text; `changes` are fields of Pace."""
+    if own is None and method in OWN:
+        own = methods.load(method).Options(**OWN[method]())
     pace = Pace(**{"steps": 3, "batch": 2, **changes})
     return TrainOptions(
         method, (str(TEXT),), "made/here", Wanted(rank=4), own, reading=Reading(48), pace=pace,

@@ -86,8 +86,8 @@ def from_delta(
 
 def low_rank(factors: Mapping[str, A], config: AdapterConfig) -> tuple[A, A]:
     """[A; A₀] and s [(1 + λ) B, -λ B₀]: rank 2 r."""
-    # numpy's concatenate, or torch's
-    join: Any = sys.modules[type(factors["A"]).__module__].concatenate
     s, strong = config.scaling, strength(config)
     left = [s * (1 + strong) * factors["B"], -s * strong * factors["B0"]]
+    # numpy's concatenate, or torch's; a product is no nn.Parameter
+    join: Any = sys.modules[type(left[0]).__module__].concatenate
     return join([factors["A"], factors["A0"]]), join(left, -1)

@@ -19,6 +19,10 @@ def use_config(ctx: typer.Context, file: Path | None) -> Path | None:
 
 def _values(ctx: typer.Context, file: Path) -> dict[str, Any]:
     known = {p.name: p for p in ctx.command.params if p.name not in (None, "config", "help")}
+    # --lambda's name in the program is another: it is a word of Python's
+    known |= {
+        flag[2:].replace("-", "_"): p for p in known.values() for flag in p.opts if flag[:2] == "--"
+    }
     values: dict[str, Any] = {}
     for key, value in _mapping(file).items():
         parameter = known.get(str(key).replace("-", "_"))

@@ -19,10 +19,18 @@ def _gathered() -> type[Any]:
         hints = get_type_hints(options)
         for own in fields(options):
             text = f"{name}: {own.metadata['help']}"
-            flag = typer.Option(help=text, show_default=str(own.default))
+            typed = own.metadata.get("flags", ())
+            shown = False if own.default is None else str(own.default)
+            flag = typer.Option(*typed, help=text, show_default=shown)
             kind: Any = hints[own.name] | None
             found.setdefault(own.name, (own.name, Annotated[kind, flag], field(default=None)))
     return make_dataclass("MethodFlags", list(found.values()), frozen=True)
+
+
+def flag_of(own: Any) -> str:
+    """How a method's option is typed."""
+    flags: tuple[str, ...] = own.metadata.get("flags", (f"--{own.name.replace('_', '-')}",))
+    return flags[0]
 
 
 MethodFlags: Any = _gathered()
@@ -39,7 +47,8 @@ def own_options(name: str, flags: Any) -> Any:
             owners = [
                 n for n in method.names() if key in {f.name for f in fields(method.load(n).Options)}
             ]
-            raise UsageError(
-                f"--{key.replace('_', '-')}: means nothing to {name}. It belongs to {', '.join(owners)}."
+            flag = next(
+                flag_of(f) for n in owners for f in fields(method.load(n).Options) if f.name == key
             )
+            raise UsageError(f"{flag}: means nothing to {name}. It belongs to {', '.join(owners)}.")
     return options(**given)

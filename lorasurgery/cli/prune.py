@@ -33,7 +33,9 @@ def command(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="DIR", help="Count each change relative to this weight's norm."
+            "--base",
+            metavar="DIR",
+            help="Count each change relative to this weight's norm, or run this on --calibrate TEXT.",
         ),
     ] = None,
     by: Annotated[

@@ -175,7 +175,7 @@ def command(
     from lorasurgery.model import resolve
     from lorasurgery.training.train import train
 
-    options = _options(base, data, method, (what, how, own_options(method, own), kept, seen))
+    options = train_options(base, data, method, (what, how, own_options(method, own), kept, seen))
     source = resolve(base)
     groups: list[Group] = []
 
@@ -189,9 +189,10 @@ def command(
         typer.echo("\n".join(_explained(groups)), err=printing.json)
 
 
-def _options(
+def train_options(
     base: str, data: list[str], method: str, given: tuple[What, How, Any, Kept, Seen]
 ) -> Any:
+    """TrainOptions of the flags; `own` are the method's, or None."""
     from lorasurgery.training.attach import Targets
     from lorasurgery.training.examples import Reading
     from lorasurgery.training.method import Wanted

@@ -77,7 +77,6 @@ def write(adapter: Adapter, folder: Path) -> None:
     fields = {
         "init_r": rank,
         "lora_alpha": writing.plain(alpha),
-        "target_r": min((_kept(c) for c in configs), default=rank) or 1,
         "fan_in_fan_out": any(site.fan_in_fan_out for site in adapter.sites),
         "rank_pattern": {f"{s.module}.lora_E": _mask(s.config, rank) for s in adapter.sites}
         if pruned
@@ -88,7 +87,8 @@ def write(adapter: Adapter, folder: Path) -> None:
         "exclude_modules": None, "target_parameters": None,
     }  # fmt: skip
     if not adapter.settings.get("total_step"):  # which PEFT insists on
-        fields |= {"total_step": 1, "tinit": 0, "tfinal": 0}
+        least = min((_kept(c) for c in configs), default=rank) or 1
+        fields |= {"total_step": 1, "tinit": 0, "tfinal": 0, "target_r": least}
     writing.write(adapter, folder, _KIND, fields, lambda site: _stored(site, common))
 
 

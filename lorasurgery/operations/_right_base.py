@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import blake3
 
+from lorasurgery.adapter import Adapter
 from lorasurgery.arrays import as_bytes
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
-from lorasurgery.targets import Resolved
+from lorasurgery.targets import Resolved, resolve
 
 
 def check_base(model: Model, resolved: Resolved) -> None:
@@ -21,6 +24,24 @@ def check_base(model: Model, resolved: Resolved) -> None:
                 f"{model.path}: {name} has {str(found)[:19]}, but the adapter belongs to a base where it "
                 f"has {wrong[0][:19]}. Name the base that it was trained on."
             )
+
+
+def bound(model: Model, adapter: Adapter) -> Adapter:
+    """The adapter with the hash of its weight in each site that belongs to one base."""
+    belongs = {site.module for site in adapter.sites if site.config.variant == "delta_lora"}
+    if not belongs:
+        return adapter
+    found = {
+        share.site.module: digest(model, name)
+        for name, target in resolve(model, adapter).targets.items()
+        for share in target.shares
+        if share.site.module in belongs
+    }
+    sites = []
+    for site in adapter.sites:
+        extra = {**site.config.extra, "base": found[site.module]} if site.module in found else None
+        sites.append(replace(site, config=replace(site.config, extra=extra)) if extra else site)
+    return replace(adapter, sites=tuple(sites))
 
 
 def digest(model: Model, name: str) -> str:

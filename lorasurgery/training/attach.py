@@ -18,7 +18,8 @@ from lorasurgery.training.method import Factors, Named, Place
 if TYPE_CHECKING:
     from lorasurgery.adapter import AdapterConfig
 
-_ROLES = {"A": "A", "B": "B", "m": "magnitude", "b": "vector", "d": "vector", "E": "vector"}
+_ROLES = {"A": "A", "B": "B", "m": "magnitude", "b": "vector", "d": "vector", "E": "vector",
+          "router": "router"}  # fmt: skip
 # the classifier of a model for sequences, by PEFT's names
 HEADS = ("classifier", "score")
 
@@ -123,10 +124,10 @@ def attach(
     factors: Mapping[str, Factors],
     dropout: float = 0.0,
 ) -> dict[str, Adapted]:
-    """Freeze the model and put each place's factors beside it; none is trained yet."""
+    """Freeze the model and put each place's factors beside it, where it has any; none is trained yet."""
     model.requires_grad_(requires_grad=False)
     layers = {}
-    for place in found:
+    for place in (p for p in found if p.module in factors):
         layer = wrap(place.base, config, factors[place.module], dropout)
         layer.train(model.training)
         parent, _, child = place.module.rpartition(".")

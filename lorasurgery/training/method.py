@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorasurgery.training.adapted import Adapted
+    from lorasurgery.training.batches import Batch
 
 Factors = Mapping[str, "Tensor"]
 
@@ -83,6 +84,14 @@ class Hooks:
 
     layers: Mapping[str, Adapted] = field(default_factory=dict)
 
+    @property
+    def settled(self) -> bool:
+        """Whether what is trained now may be written: until then no evaluation is the best."""
+        return True
+
+    def sees(self, batch: Batch) -> None:
+        """Before the forward pass of a micro-batch of a step."""
+
     def penalty(self) -> Tensor | None:
         """What is added to a step's loss, once."""
         return None
@@ -95,6 +104,10 @@ class Hooks:
 
     def figures(self) -> Mapping[str, float]:
         """What goes into the metrics of the step that has just been made."""
+        return {}
+
+    def by_module(self) -> Mapping[str, Mapping[str, float]]:
+        """What the report tells of modules in the end."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -110,7 +123,9 @@ class Hooks:
 class Method(Protocol):
     """A module in methods/. Its Options are a frozen dataclass: each field is a flag of `train`.
 
-    A field's metadata hold `help`; None as its default means that it was not given.
+    A field's metadata hold `help`, and `flags` where the field's name is not how it is typed; None as its
+    default means that it was not given. A method may name the modules that it is for where the user names
+    none: TARGETS = ("up_proj", ...), ends of their paths.
     """
 
     @property

@@ -48,11 +48,11 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
         model.config.pad_token_id = _padding(language)  # what comes last in a row is told by it
     data = _read(options.data, language, options)
     held_out = _read(options.held.data, language, options) if options.held.data else []
-    recipe = _recipe(options, len(data))
+    recipe = recipe_of(options, len(data))
     wanted = replace(options.wanted, steps=recipe.steps, seed=recipe.seed)
     config = method.configure(wanted, own)
     torch.manual_seed(recipe.seed)
-    found = attach.places(model, options.targets)
+    found = attach.places(model, _targets(method, options))
     factors = method.start(found, config, own, recipe.seed)
     layers = attach.attach(model, found, config, factors, wanted.dropout)
     detours = attach.detours(model, layers, method.TRAINED, _whole(model, options))
@@ -89,12 +89,19 @@ def device(name: str) -> torch.device:
         ) from None
 
 
+def _targets(method: Method, options: TrainOptions) -> attach.Targets:
+    """Those that were asked for, or else the method's own, or else all."""
+    own = () if options.targets.modules else getattr(method, "TARGETS", ())
+    return replace(options.targets, modules=own) if own else options.targets
+
+
 def _read(data: Sequence[str], language: LanguageModel, options: TrainOptions) -> list[Example]:
     vocabulary = language.model.get_input_embeddings().weight.shape[0]
     return examples.load(data, language.tokenizer, vocabulary, options.reading)
 
 
-def _recipe(options: TrainOptions, count: int) -> Recipe:
+def recipe_of(options: TrainOptions, count: int) -> Recipe:
+    """The pace in steps, of so many examples."""
     pace, held, machine = options.pace, options.held, options.machine
     a_step = pace.batch * pace.accumulate
     steps = math.ceil(pace.epochs * count / a_step) if pace.steps is None else pace.steps

@@ -16,6 +16,8 @@ from lorasurgery import __version__, plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.checkpoint import MANIFEST, SCRATCH
 from lorasurgery.errors import LoraSurgeryError
+from lorasurgery.model import open_model
+from lorasurgery.operations._right_base import bound
 from lorasurgery.operations.algebra.adapter_output import (
     Outcome,
     as_written,
@@ -25,7 +27,7 @@ from lorasurgery.operations.algebra.adapter_output import (
 )
 from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
-from lorasurgery.report import Report, read_manifest
+from lorasurgery.report import Report, Result, read_manifest
 from lorasurgery.surgery import RunOptions, stamp
 from lorasurgery.training import setup, state, written
 from lorasurgery.training.interrupt import Interrupt
@@ -105,7 +107,9 @@ class _Run:
             trainer = self.prepared.trainer
             trainer.take_best()
             trainer.parts.hooks.finish()
-            report = replace(report, total={**report.total, **self._figures()})
+            report = replace(
+                report, total={**report.total, **self._figures()}, results=self._told()
+            )
             return self._write(output, report)
         except BaseException as error:
             if saved.exists():
@@ -154,9 +158,14 @@ class _Run:
             found |= {"eval_loss": trainer.best.loss, "best_step": trainer.best.step}
         return found
 
+    def _told(self) -> tuple[Result, ...]:
+        found = self.prepared.trainer.parts.hooks.by_module()
+        return tuple(Result(name, figures, {}, {}) for name, figures in found.items())
+
     def _adapter(self, output: Output) -> tuple[Adapter, Dialect]:
         detours, options = self.prepared.trainer.parts.detours, self.options
         made = written.adapter(detours, options.name, output.path, self.prepared.settings)
+        made = bound(open_model(self.base), made)
         name = options.dialect or layout_for(made)
         dialect = cast(Dialect, plugins.load("dialects", name))
         made = as_written(made, name, "F32")
@@ -169,7 +178,9 @@ class _Run:
             dialect.write(adapter, output.partial)
         report = replace(report, seconds=time.perf_counter() - self.started)
         read = written.digests(self.base, adapter)
-        outcome = Outcome("train", adapter, self.inputs, self.options.settings, read, report.total)
-        content = manifest_of(outcome, adapter, replace(report, results=read), self.plan)
-        output.commit({MANIFEST: content})
+        kept = replace(report, results=(*report.results, *read))
+        outcome = Outcome(
+            "train", adapter, self.inputs, self.options.settings, kept.results, report.total
+        )
+        output.commit({MANIFEST: manifest_of(outcome, adapter, kept, self.plan)})
         return report

@@ -61,7 +61,10 @@ class Trainer:
         batches = self.batches(number)
         count = sum(batch.predicted for batch in batches)
         with Trouble(parts.model, number) as trouble:
-            value = sum(self._gradients(batch, count) for batch in batches)
+            value = 0.0
+            for batch in batches:
+                parts.hooks.sees(batch)
+                value += self._gradients(batch, count)
             trouble.check_loss(value, lambda: self._forward(batches[0]))
             penalty = parts.hooks.penalty()
             if penalty is not None:
@@ -117,6 +120,8 @@ class Trainer:
 
     def judge(self, value: float) -> None:
         """Remember the best evaluation."""
+        if not self.parts.hooks.settled:
+            return
         if self.best is None or value < self.best.loss:
             trained = {n.name: n.parameter.detach().clone() for n in self.parts.detours.named()}
             self.best = Best(value, self.step_done, trained, self.parts.hooks.state())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from merging import make_adapter
+from merging import SCALE, factors, make_adapter
+from packed import Quantized
 from texts import (
     IDS,
     TEXT,
@@ -79,6 +82,9 @@ CONVERTED: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(r=5, lora_alpha=7, target_modules=LINEAR),
     "embedding": lambda: peft.LoraConfig(r=5, lora_alpha=7, target_modules=["embed_tokens", "q_proj"]),
     "dora": lambda: peft.LoraConfig(r=5, lora_alpha=7, target_modules=LINEAR, use_dora=True),
+    "dora-embedding": lambda: peft.LoraConfig(
+        r=5, lora_alpha=7, target_modules=["embed_tokens", "q_proj"], use_dora=True
+    ),
     "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=LINEAR),
     "lokr": lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=LINEAR),
@@ -129,6 +135,26 @@ def test_turned_layers_have_the_same_inputs(tmp_path: Path, text: Path) -> None:
     check(gpt2, start, out, found)
 
 
+def test_a_quantized_base_gives_the_inputs_that_it_has(
+    quantized: Quantized, text: Path, tmp_path: Path
+) -> None:
+    _, nf4, start = quantized
+    # transformers dequantizes by bitsandbytes in both; in float32, where this one is bfloat16
+    base = replace(nf4, path=Path(shutil.copytree(nf4.path, tmp_path / "nf4")), dtype=torch.float32)
+    add_tokenizer(base)
+    found = facts(
+        "convert", start, "--dry-run", "--base", base.path, "--rank", 1, "--calibrate", text,
+        "--window", WINDOW,
+    )  # fmt: skip
+    x, held = inputs(base, start, WINDOW), factors(start)
+    assert x.keys() == held.keys()
+    for name, (a, b) in held.items():
+        delta = (SCALE * b.double() @ a.double()).numpy()
+        said = found["tensors"][f"{name}.weight"]["output_error"]
+        wanted = best(delta, x[name], 1) / output_error(delta, x[name])
+        assert said == pytest.approx(wanted, rel=1e-3)
+
+
 def test_sums_that_memory_does_not_hold_are_gathered_in_passes(
     base: Base, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +184,22 @@ def test_only_so_many_tokens_are_read(base: Base, text: Path, tmp_path: Path) ->
     cut = facts(*lines, "--calibrate", text, "--tokens", 40)
     assert cut["tensors"] == facts(*lines, "--calibrate", short)["tensors"]
     assert cut["tensors"] != facts(*lines, "--calibrate", text)["tensors"]
+
+
+def test_notes_say_what_the_inputs_leave_open(base: Base, text: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=5, target_modules=LINEAR, use_dora=True, modules_to_save=["lm_head"], lora_alpha=7
+    )
+    start = save(base, config, tmp_path / "start")
+    notes = facts(
+        "convert", start, "--base", base.path, "--rank", RANK, "--dry-run", "--calibrate", text,
+        "--tokens", 20,
+    )["notes"]  # fmt: skip
+    assert notes == [
+        f"inputs are those of 20 tokens of {text}, in windows of 512.",
+        "they leave out what the adapter replaces or adds whole: lm_head.weight.",
+        "20 tokens show less than the 48 directions of an input: more are better.",
+    ]
 
 
 def test_what_is_not_cut_is_kept_as_it_is(base: Base, text: Path, tmp_path: Path) -> None:

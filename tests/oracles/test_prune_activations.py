@@ -11,7 +11,7 @@ import pytest
 import torch
 from merging import surgery
 from safetensors.torch import load_file, save_file
-from texts import IDS, TEXT, add_tokenizer, changes, facts, fails, inputs, output_error, save
+from texts import TEXT, add_tokenizer, changes, facts, fails, inputs, output_error, save
 from tiny import Base, make_base, tensors
 
 WINDOW = 12
@@ -154,6 +154,8 @@ def test_the_others_share_a_pair_that_is_stored_once(
     pairs = {n for n in stored if n.startswith("shared.")}
     assert {"shared.q_proj.32x32.A", "shared.q_proj.32x32.B"} <= pairs
     assert len(stored) == 2 * len(stays) + len(pairs)
+    assert found["total"]["parameters"] == sum(t.numel() for t in stored.values())
+    assert found["total"]["bytes"] == sum(t.nbytes for t in stored.values())
     result = surgery("merge", base.path, out, "-o", merged)
     assert result.exit_code == 0, result.stderr
     w, after = tensors(base.path), tensors(merged)
@@ -249,4 +251,3 @@ def test_errors_are_one_line_each(
         "error: --drop: model.layers.0.self_attn.q_proj.weight is vera, which shares no factors. Pass --dropped "
         "remove, or convert it first: lorasurgery convert --to lora.\n",
     )
-    assert len(IDS) == facts(*line, "--dry-run", "--drop", 1)["notes"][0].count("90") * 90

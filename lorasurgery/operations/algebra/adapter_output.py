@@ -16,7 +16,7 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Dialect
 from lorasurgery.checkpoint import MANIFEST, weight_files
 from lorasurgery.errors import FormatError, UsageError
-from lorasurgery.operations.algebra.made import nbytes, parameters
+from lorasurgery.operations.algebra.made import distinct, nbytes, parameters
 from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, manifest
@@ -57,6 +57,7 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
     """
     name = form.dialect or layout_for(outcome.adapter)
     dialect = cast(Dialect, plugins.load("dialects", name))
+<<<<<<< HEAD
     parts = outcome.parts or {".": outcome.adapter}
     parts = {folder: as_written(part, name, form.dtype) for folder, part in parts.items()}
     for part in parts.values():
@@ -64,6 +65,13 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
     size = sum(map(_size, parts.values()))
     numbers = sum(parameters(part.sites) for part in parts.values())
     total = {**outcome.total, "parameters": numbers, "bytes": size}
+=======
+    check_variants(adapter, name, dialect)
+    size = sum(map(nbytes, distinct(adapter.sites))) + sum(
+        i.nbytes for i in adapter.replaced.values()
+    )
+    total = {**outcome.total, "parameters": parameters(distinct(adapter.sites)), "bytes": size}
+>>>>>>> a-methods
     report = Report(outcome.operation, outcome.results, 0.0, total, outcome.notes)
     if output is not None:
         _write(outcome, report, (parts, dialect, size), output, how)

@@ -118,6 +118,7 @@ def _result(
     metrics = {
         "importance": importance.share, "output2": importance.output2, "kept": float(importance.kept),
         **loss(lost, norm2), "rank": float(made.config.rank if made else 0),
-        "bytes": float(nbytes(made) if made else 0),
+        # a shared pair is of no module's own
+        "bytes": float(nbytes(made) if made and importance.kept else 0),
     }  # fmt: skip
     return Result(name_of(site), metrics, {}, {})

@@ -129,6 +129,14 @@ def nbytes(site: Site) -> int:
     return sum(info.nbytes for info in site.factors.values())
 
 
+def distinct(sites: Iterable[Site]) -> list[Site]:
+    """Of those that share factors, the first: so often they are stored."""
+    by: dict[object, Site] = {}
+    for site in sites:
+        by.setdefault(site.config.extra.get("shared") or name_of(site), site)
+    return list(by.values())
+
+
 def parameters(sites: Iterable[Site]) -> int:
     """How many numbers the factors are."""
     return sum(info.numel for site in sites for info in site.factors.values())
