@@ -57,21 +57,13 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
     """
     name = form.dialect or layout_for(outcome.adapter)
     dialect = cast(Dialect, plugins.load("dialects", name))
-<<<<<<< HEAD
     parts = outcome.parts or {".": outcome.adapter}
     parts = {folder: as_written(part, name, form.dtype) for folder, part in parts.items()}
     for part in parts.values():
         check_variants(part, name, dialect)
     size = sum(map(_size, parts.values()))
-    numbers = sum(parameters(part.sites) for part in parts.values())
+    numbers = sum(parameters(distinct(part.sites)) for part in parts.values())
     total = {**outcome.total, "parameters": numbers, "bytes": size}
-=======
-    check_variants(adapter, name, dialect)
-    size = sum(map(nbytes, distinct(adapter.sites))) + sum(
-        i.nbytes for i in adapter.replaced.values()
-    )
-    total = {**outcome.total, "parameters": parameters(distinct(adapter.sites)), "bytes": size}
->>>>>>> a-methods
     report = Report(outcome.operation, outcome.results, 0.0, total, outcome.notes)
     if output is not None:
         _write(outcome, report, (parts, dialect, size), output, how)
@@ -79,7 +71,9 @@ def publish(outcome: Outcome, output: Path | None, form: AdapterFormat, how: Run
 
 
 def _size(adapter: Adapter) -> int:
-    return sum(map(nbytes, adapter.sites)) + sum(i.nbytes for i in adapter.replaced.values())
+    return sum(map(nbytes, distinct(adapter.sites))) + sum(
+        i.nbytes for i in adapter.replaced.values()
+    )
 
 
 def _write(
