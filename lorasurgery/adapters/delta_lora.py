@@ -62,11 +62,12 @@ def detour(
     config: AdapterConfig,
     base: Base | None = None,  # noqa: ARG001 - free of W
 ) -> Tensor:
-    """X ΔWᵀ: x [..., in] -> [..., out]."""
+    """X ΔWᵀ: x [..., in] -> [..., out]; x has the gradient of all of it."""
     s, strong = config.scaling, strength(config)
     branch = s * (x @ factors["A"].T) @ factors["B"].T
-    past = s * (x @ factors["A0"].T) @ factors["B0"].T
-    return branch + strong * (branch - past).detach()
+    moved = (x @ factors["A"].detach().T) @ factors["B"].detach().T
+    past = (x @ factors["A0"].detach().T) @ factors["B0"].detach().T
+    return branch + strong * s * (moved - past)
 
 
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W

@@ -28,12 +28,20 @@ def _number(x: float) -> str:
     return f"{x:.4g}"
 
 
+def _count(x: float) -> str:
+    return f"{x:.0f}"
+
+
 def _fixed(x: float) -> str:
     return f"{x:.3f}"
 
 
 def _yes(x: float) -> str:
     return "yes" if x == 1 else "no"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _farthest_from_one(values: list[float]) -> float:
@@ -71,7 +79,13 @@ COLUMNS = {
     "energy": Column("energy kept", _percent, min),
     "replaced": Column("replaced", show_count, None),
     "restored": Column("restored", show_count, None),
+    "change_norm": Column("‖ΔW‖", _number, _mean),
     # totals alone
+    "trained_parameters": Column("trained parameters", _count, None),
+    "base_parameters": Column("base parameters", _count, None),
+    "tokens": Column("tokens", _count, None),
+    "steps": Column("steps", _count, None),
+    "best_step": Column("best step", _count, None),
     "others": Column("other tensors", _number, None),
     "exact": Column("tensors with the base's hash", _number, None),
     "expected_error": Column("expected error, of the change", _percent),

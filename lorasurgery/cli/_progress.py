@@ -12,10 +12,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def no_bar(*, quiet: bool) -> Iterator[Progress]:  # noqa: ARG001 - as progress_bar
+    """For an operation that shows how it goes itself."""
+    yield lambda _done, _total, _name: None
+
+
+@contextmanager
 def progress_bar(*, quiet: bool) -> Iterator[Progress]:
     """Yields what the engine calls as edits end; nothing is shown with -q or without a terminal."""
     if quiet or not sys.stderr.isatty():
-        yield lambda _done, _total, _name: None
+        with no_bar(quiet=quiet) as nothing:
+            yield nothing
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn

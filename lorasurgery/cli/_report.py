@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from lorasurgery.surgery import Progress, Report, Result, RunOptions
 
 Operation: TypeAlias = "Callable[[Path | None, RunOptions], Report]"
+Bar: TypeAlias = "Callable[..., AbstractContextManager[Progress]]"
 
 
-def carry_out(operation: Operation, writing: Writing, printing: Printing) -> Report:
+def carry_out(
+    operation: Operation, writing: Writing, printing: Printing, bar: Bar = progress_bar
+) -> Report:
     """Call the operation with the output (None: a dry run) and how to run; print its report."""
     output = _output(writing)
     if printing.report and not printing.report.parent.is_dir():
@@ -30,7 +34,7 @@ def carry_out(operation: Operation, writing: Writing, printing: Printing) -> Rep
             f"--report: there is no directory {printing.report.parent}. Make it first."
         )
     try:
-        with progress_bar(quiet=printing.quiet) as progress:
+        with bar(quiet=printing.quiet) as progress:
             report = operation(output, _how(writing, progress))
     except KeyboardInterrupt:
         raise Interrupted(_left_behind(output)) from None

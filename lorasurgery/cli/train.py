@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,13 +10,12 @@ import typer
 
 from lorasurgery.cli._method_flags import MethodFlags, own_options
 from lorasurgery.cli._options import Base, Printing, Writing
-from lorasurgery.cli._print import table
+from lorasurgery.cli._progress import no_bar
 from lorasurgery.cli._report import carry_out
 from lorasurgery.cli._sizes import size
+from lorasurgery.cli._training_view import beside, draw_curves, explained, training_view
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lorasurgery.surgery import Report, RunOptions
     from lorasurgery.training.method import Group
 
@@ -179,6 +178,15 @@ def command(
     explain_optimizer: Annotated[
         bool, typer.Option("--explain-optimizer", help="Print the groups, with their rates.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            show_default="curves.png in DIR, if matplotlib is there",
+            help="Draw losses and rates.",
+        ),
+    ] = None,
     *,
     what: What,
     how: How,
@@ -198,20 +206,28 @@ def command(
         lorasurgery train org/model --data chats.jsonl -o adapter --method dora --rank 16
     """
     from lorasurgery.model import resolve
+    from lorasurgery.operations.inspecting.picture import check_file
     from lorasurgery.training.train import train
 
     options = train_options(base, data, method, (what, how, own_options(method, own), kept, seen))
+    if plot:
+        check_file(plot)
     source = resolve(base)
     groups: list[Group] = []
 
     def run(output: Path | None, running: RunOptions) -> Report:
-        done = train(source, output, options, running)
+        with training_view(quiet=printing.quiet) as watch:
+            done = train(source, output, replace(options, watch=watch), running)
+        if output and not beside():
+            draw_curves(output, plot)
         groups.extend(done.groups)
         return done.report
 
-    carry_out(run, writing, printing)
-    if explain_optimizer:
-        typer.echo("\n".join(_explained(groups)), err=printing.json)
+    if beside():
+        printing = replace(printing, json=False, report=None, quiet=True)
+    carry_out(run, writing, printing, no_bar)
+    if explain_optimizer and not beside():
+        typer.echo("\n".join(explained(groups)), err=printing.json)
 
 
 def train_options(
@@ -248,15 +264,3 @@ def train_options(
         Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing, nf4),
         seen.dialect,
     )  # fmt: skip
-
-
-def _explained(groups: Sequence[Group]) -> list[str]:
-    rows = [
-        [
-            group.name, str(len(group.members)),
-            str(sum(m.parameter.numel() for m in group.members)),
-            f"{group.rate:g}", f"{group.decay:g}",
-        ]
-        for group in groups
-    ]  # fmt: skip
-    return table([["group", "tensors", "parameters", "learning rate", "weight decay"], *rows])

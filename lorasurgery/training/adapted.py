@@ -163,6 +163,8 @@ class AdaptedEmbedding(Adapted):
 def dense(module: nn.Module) -> Tensor:
     """A frozen module's W as [out, in], or [tokens, dim], float32 or wider."""
     w = cast(Any, module).dense() if unpacks(module) else cast(Tensor, module.weight).detach()
+    if hasattr(w, "full_tensor"):  # a piece of it: every process asks for the whole at once
+        w = w.full_tensor()
     w = w.T if turned(module) else w
     return cast(Tensor, w.to(torch.promote_types(w.dtype, torch.float32)))
 

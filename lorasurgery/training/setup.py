@@ -17,11 +17,13 @@ from lorasurgery.training import attach, examples
 from lorasurgery.training import method as methods
 from lorasurgery.training import optimizer as optimizers
 from lorasurgery.training.attach import Detours
+from lorasurgery.training.chance import apart
 from lorasurgery.training.examples import Example
-from lorasurgery.training.method import Group, Method, Rates
+from lorasurgery.training.method import Group, Hooks, Method, Rates
 from lorasurgery.training.nf4 import asked
 from lorasurgery.training.nf4.linear import NF4Linear
 from lorasurgery.training.options import Pace, TrainOptions
+from lorasurgery.training.ranks import ALONE, Ranks
 from lorasurgery.training.recipe import Recipe
 from lorasurgery.training.trainer import Parts, Trainer
 
@@ -36,7 +38,7 @@ class Prepared:
     settings: dict[str, Any]  # of the adapter's config file
 
 
-def prepare(base: Path, options: TrainOptions) -> Prepared:
+def prepare(base: Path, options: TrainOptions, ranks: Ranks = ALONE) -> Prepared:
     """Raises what each part does of an input that cannot be used."""
     method = cast(Method, methods.load(options.method))
     own = method.Options() if options.own is None else options.own
@@ -50,6 +52,7 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     data = _read(options.data, language, options)
     held_out = _read(options.held.data, language, options) if options.held.data else []
     recipe = recipe_of(options, len(data))
+    ranks.check_share(recipe.batch * recipe.accumulate)
     wanted = replace(options.wanted, steps=recipe.steps, seed=recipe.seed)
     config = method.configure(wanted, own)
     torch.manual_seed(recipe.seed)
@@ -61,7 +64,14 @@ def prepare(base: Path, options: TrainOptions) -> Prepared:
     rate = method.RATE if options.pace.rate is None else options.pace.rate
     groups = tuple(method.groups(detours.named(), Rates(rate, options.pace.decay), own))
     optimizer = optimizers.make(options.pace.optimizer, groups, options.pace.settings)
-    parts = Parts(detours, method.hooks(layers, wanted, own), optimizer, data, _padding(language))
+    hooks = method.hooks(layers, wanted, own)
+    if ranks.count > 1:
+        _check_alone(hooks, options.method)
+        from lorasurgery.training.sharded import shard  # what it imports takes a second
+
+        shard(detours)
+        apart(ranks)
+    parts = Parts(detours, hooks, optimizer, data, _padding(language), ranks)
     said = {
         "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
         "lora_dropout": wanted.dropout,
@@ -81,6 +91,15 @@ def _language(base: Path, options: TrainOptions) -> LanguageModel:
     return found
 
 
+def _check_alone(hooks: Hooks, method: str) -> None:
+    """Raises UsageError where a method looks at what a step's examples do all together."""
+    if type(hooks).sees is not Hooks.sees:
+        raise UsageError(
+            f"--method {method}: looks at all examples of a step, which torchrun's processes share. Train "
+            "it in one process."
+        )
+
+
 def _whole(model: nn.Module, options: TrainOptions) -> tuple[str, ...]:
     """What is trained without factors: of a classifier its head, if nothing else is named."""
     if options.targets.whole or not options.reading.classes:
@@ -89,9 +108,11 @@ def _whole(model: nn.Module, options: TrainOptions) -> tuple[str, ...]:
 
 
 def device(name: str) -> torch.device:
-    """`auto` takes a GPU that is there."""
+    """`auto` takes a GPU that is there; of several processes, each has its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         return torch.device(name)
     except RuntimeError as error:

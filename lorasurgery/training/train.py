@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import blake3
 
@@ -31,6 +31,7 @@ from lorasurgery.training import setup, state, written
 from lorasurgery.training.interrupt import Interrupt
 from lorasurgery.training.method import Group
 from lorasurgery.training.options import TrainOptions
+from lorasurgery.training.ranks import Ranks, joined
 from lorasurgery.training.records import files
 from lorasurgery.training.setup import Prepared
 
@@ -52,6 +53,13 @@ def train(base: Path, output: Path | None, options: TrainOptions, how: RunOption
     Raises OutputError, FormatError, MatchError, UsageError; ValueRangeError for a loss that is no number:
     then OUT.partial keeps the last state that was saved.
     """
+    with joined(options.machine.device) as ranks:
+        return _train(base, output, options, how, ranks)
+
+
+def _train(
+    base: Path, output: Path | None, options: TrainOptions, how: RunOptions, ranks: Ranks
+) -> Trained:
     started = time.perf_counter()
     inputs = {"base": base, **{f"data{i}": p for i, p in enumerate(_files(options))}}
     if chosen := getattr(options.own, "keep", None):  # another choice of modules is another run
@@ -59,20 +67,27 @@ def train(base: Path, output: Path | None, options: TrainOptions, how: RunOption
     plan = _identity(inputs, options)
     if output is not None:
         check_apart(output, inputs.values())
-        with writing(output, "the output"):
-            recover(output)
-        if how.output.resume and (done := read_manifest(output, plan)):
+        if done := ranks.share(_begun(output, plan, how) if ranks.first else None):
             return Trained(done)
-        check_free(output, overwrite=how.output.overwrite)
-        check_room(output, 0)
-    prepared = setup.prepare(base, options)
+    prepared = setup.prepare(base, options, ranks)
     detours = prepared.trainer.parts.detours
-    total = setup.describe(detours, prepared.groups)
-    report = Report("train", (), 0.0, total)
+    report = Report("train", (), 0.0, setup.describe(detours, prepared.groups))
     if output is not None:
         run = _Run(base, inputs, options, prepared, plan, started)
-        report = run.into(Output(output, (), plan, how.output), report)
+        made = Output(output, (), plan, how.output) if ranks.first else None
+        report = run.into(made, report) if made else run.beside(report)
     return Trained(replace(report, seconds=time.perf_counter() - started), prepared.groups)
+
+
+def _begun(output: Path, plan: str, how: RunOptions) -> Report | None:
+    """What an earlier call of this run reported, if it came to its end; else there is room for it."""
+    with writing(output, "the output"):
+        recover(output)
+    if how.output.resume and (done := read_manifest(output, plan)):
+        return done
+    check_free(output, overwrite=how.output.overwrite)
+    check_room(output, 0)
+    return None
 
 
 def _files(options: TrainOptions) -> list[Path]:
@@ -86,6 +101,33 @@ def _identity(inputs: Mapping[str, Path], options: TrainOptions) -> str:
         "inputs": {role: stamp(path) for role, path in inputs.items()},
     }
     return blake3.blake3(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """What is on the disk of a run that goes on: a line for each step, and the last state."""
+
+    metrics: BinaryIO
+    saved: Path
+
+    def begun(self) -> state.State | None:
+        """Where an interrupted run is gone on with."""
+        return state.load(self.saved) if self.saved.exists() else None
+
+    def cut(self, size: int) -> None:
+        """Take away the lines of steps that are made once more."""
+        self.metrics.truncate(size)
+
+    def note(self, told: Mapping[str, Any]) -> int:
+        """One more line; the size of all."""
+        self.metrics.write(json.dumps(told).encode() + b"\n")
+        self.metrics.flush()
+        return self.metrics.tell()
+
+    def save(self, captured: state.State) -> None:
+        """The lines that it counts are on the disk before it is."""
+        os.fsync(self.metrics.fileno())
+        state.save(captured, self.saved)
 
 
 @dataclass(slots=True)
@@ -103,12 +145,10 @@ class _Run:
         """Train and write; what was saved stays if it fails."""
         saved = output.partial / STATE
         try:
-            self._steps(output, saved)
-            trainer = self.prepared.trainer
-            trainer.take_best()
-            trainer.parts.hooks.finish()
-            report = replace(report, total={**report.total, **self._figures()})
-            return self._write(output, report)
+            path = output.partial / METRICS
+            with writing(path, "the metrics"), path.open("ab") as metrics:
+                self._steps(OnDisk(metrics, saved))
+            return self._write(output, self._ended(report))
         except BaseException as error:
             if saved.exists():
                 output.leave()
@@ -118,17 +158,29 @@ class _Run:
                 output.abandon()
             raise
 
+    def beside(self, report: Report) -> Report:
+        """A process that does not write takes its part of every step."""
+        self._steps(None)
+        return self._ended(report)
+
+    def _ended(self, report: Report) -> Report:
+        trainer = self.prepared.trainer
+        trainer.take_best()
+        trainer.parts.hooks.finish()
+        return replace(report, total={**report.total, **self._figures()}, results=self._told())
+
     def _left(self, output: Output, saved: Path) -> str:
         kept = state.load(saved).step
         return f"{output.partial} keeps the state after step {kept}."
 
-    def _steps(self, output: Output, saved: Path) -> None:
+    def _steps(self, disk: OnDisk | None) -> None:
         trainer, recipe = self.prepared.trainer, self.prepared.trainer.recipe
-        if saved.exists():
-            trainer.restore(state.load(saved))
-        path = output.partial / METRICS
-        with Interrupt() as stop, writing(path, "the metrics"), path.open("ab") as file:
-            file.truncate(trainer.metrics)
+        ranks = trainer.parts.ranks
+        if begun := ranks.share(disk.begun() if disk else None):
+            trainer.restore(begun)
+        if disk:
+            disk.cut(trainer.metrics)
+        with Interrupt() as stop:
             while not trainer.over:
                 began = time.perf_counter()
                 told: dict[str, Any] = trainer.step()
@@ -137,14 +189,15 @@ class _Run:
                     told["eval_loss"] = trainer.evaluate(self.prepared.held_out)
                     trainer.judge(told["eval_loss"])
                 told["seconds"] = round(time.perf_counter() - began, 4)
-                file.write(json.dumps(told).encode() + b"\n")
-                file.flush()
-                trainer.metrics = file.tell()
-                self.options.watch(told, recipe.steps)
-                if stop.wanted or trainer.due(recipe.save_every):
-                    os.fsync(file.fileno())
-                    state.save(trainer.capture(), saved)
-                if stop.wanted:
+                if disk:
+                    trainer.metrics = disk.note(told)
+                    self.options.watch(told, recipe.steps)
+                (stopped,) = ranks.sums(stop.wanted)
+                if stopped or trainer.due(recipe.save_every):
+                    captured = trainer.capture()  # with what the other processes have
+                    if disk:
+                        disk.save(captured)
+                if stopped:
                     raise KeyboardInterrupt
 
     def _figures(self) -> dict[str, float]:
@@ -156,10 +209,21 @@ class _Run:
             found |= {"eval_loss": trainer.best.loss, "best_step": trainer.best.step}
         return found
 
-    def _adapter(self, output: Output) -> tuple[Adapter, Dialect, tuple[Result, ...]]:
-        parts, options = self.prepared.trainer.parts, self.options
-        made = written.adapter(parts.detours, options.name, output.path, self.prepared.settings)
-        made, read = written.on_base(self.base, made, parts.hooks.by_module())
+    def _told(self) -> tuple[Result, ...]:
+        parts = self.prepared.trainer.parts
+        norms, more = written.norms(parts.detours), parts.hooks.by_module()
+        found = {
+            path: {**({"change_norm": norms[path]} if path in norms else {}), **more.get(path, {})}
+            for path in parts.detours.layers
+        }
+        return tuple(Result(path, figures, {}, {}) for path, figures in found.items() if figures)
+
+    def _adapter(
+        self, output: Output, figures: Mapping[str, Mapping[str, float]]
+    ) -> tuple[Adapter, Dialect, tuple[Result, ...]]:
+        detours, options = self.prepared.trainer.parts.detours, self.options
+        made = written.adapter(detours, options.name, output.path, self.prepared.settings)
+        made, read = written.on_base(self.base, made, figures)
         name = options.dialect or layout_for(made)
         dialect = cast(Dialect, plugins.load("dialects", name))
         made = as_written(made, name, "F32")
@@ -167,7 +231,8 @@ class _Run:
         return made, dialect, read
 
     def _write(self, output: Output, report: Report) -> Report:
-        adapter, dialect, read = self._adapter(output)
+        figures = {result.name: result.metrics for result in report.results}
+        adapter, dialect, read = self._adapter(output, figures)
         with writing(output.partial, "the adapter"):
             dialect.write(adapter, output.partial)
         report = replace(report, seconds=time.perf_counter() - self.started)

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from lorasurgery.training import loss
 from lorasurgery.training.attach import Detours
 from lorasurgery.training.batches import Batch, Order, collate
+from lorasurgery.training.chance import chances, take_chance
 from lorasurgery.training.examples import Example
 from lorasurgery.training.method import Hooks
 from lorasurgery.training.optimizer import set_rates
+from lorasurgery.training.ranks import ALONE, Ranks
 from lorasurgery.training.recipe import Recipe
 from lorasurgery.training.schedule import factor
 from lorasurgery.training.state import Best, State
@@ -37,6 +39,7 @@ class Parts:
     optimizer: Optimizer
     examples: Sequence[Example]
     padding: int
+    ranks: Ranks = ALONE
 
     @property
     def model(self) -> nn.Module:
@@ -58,14 +61,15 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimizer step; what can be told of it. Raises ValueRangeError for a loss that is no number."""
         number, parts = self.step_done + 1, self.parts
-        batches = self.batches(number)
-        count = sum(batch.predicted for batch in batches)
+        batches, count = self.batches(number), self._count(number)
         with Trouble(parts.model, number) as trouble:
             value = 0.0
             for batch in batches:
                 parts.hooks.sees(batch)
                 value += self._gradients(batch, count)
+            (value,) = parts.ranks.sums(value)
             trouble.check_loss(value, lambda: self._forward(batches[0]))
+            parts.ranks.add_gradients(self._trained)
             penalty = parts.hooks.penalty()
             if penalty is not None:
                 penalty.backward()  # type: ignore[no-untyped-call]
@@ -85,27 +89,28 @@ class Trainer:
         return {**told, **_named_rates(rates), **parts.hooks.figures(), **paging}
 
     def batches(self, number: int) -> list[Batch]:
-        """The micro-batches of a step: they follow from its number alone."""
-        size, parts = self.recipe.batch, self.parts
-        first = (number - 1) * size * self.recipe.accumulate
-        made = []
-        for start in range(first, first + size * self.recipe.accumulate, size):
-            chosen = [parts.examples[self._order[i]] for i in range(start, start + size)]
-            made.append(collate(chosen, parts.padding))
-        return made
+        """The micro-batches of a step that are for this process: they follow from its number alone."""
+        size, chosen = self.recipe.batch, self.parts.ranks.mine(self._examples(number))
+        parts = range(0, len(chosen), size)
+        return [collate(chosen[at : at + size], self.parts.padding) for at in parts]
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """The mean loss over held-out examples, without dropout."""
-        model, total, count = self.parts.model, 0.0, 0
+        model, ranks, total, count = self.parts.model, self.parts.ranks, 0.0, 0
         training = model.training
         model.eval()
+        a_round = self.recipe.batch * ranks.count
         with torch.no_grad():
-            for start in range(0, len(examples), self.recipe.batch):
-                batch = collate(examples[start : start + self.recipe.batch], self.parts.padding)
-                total += float(self._forward(batch))
-                count += batch.predicted
+            for start in range(0, len(examples), a_round):
+                chosen = ranks.mine(examples[start : start + a_round])
+                # a process that has none left still takes part in the others' exchanges
+                batch = collate(chosen or examples[:1], self.parts.padding)
+                value = float(self._forward(batch))
+                total += value if chosen else 0.0
+                count += batch.predicted if chosen else 0
         model.train(training)
-        return total / count
+        total, counted = ranks.sums(total, count)
+        return total / counted
 
     @property
     def over(self) -> bool:
@@ -140,9 +145,7 @@ class Trainer:
     def capture(self) -> State:
         """Everything, to be saved; tensors are the live ones."""
         held = {name: tensor.detach() for name, tensor in self._held().items()}
-        chance = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            chance["cuda"] = torch.cuda.get_rng_state(self._device)
+        chance = chances(self._device, self.parts.ranks)
         return State(
             self.step_done, self.tokens, held, self.parts.optimizer.state_dict(),
             self.parts.hooks.state(), chance, self.metrics, self.losses, self.best, self.stale,
@@ -154,9 +157,7 @@ class Trainer:
             _put(tensor, state.parameters[name])
         self.parts.optimizer.load_state_dict(state.optimizer)
         self.parts.hooks.restore(state.method)
-        torch.set_rng_state(state.chance["cpu"])
-        if "cuda" in state.chance:
-            torch.cuda.set_rng_state(state.chance["cuda"], self._device)
+        take_chance(state.chance, self._device, self.parts.ranks)
         self.step_done, self.tokens = state.step, state.tokens
         self.metrics, self.losses = state.metrics, state.losses
         self.best, self.stale = state.best, state.stale
@@ -165,6 +166,16 @@ class Trainer:
         layers = self.parts.detours.layers
         factors = {f"{path}.{n}": f for path, la in layers.items() for n, f in la.factors.items()}
         return {**factors, **self.parts.detours.whole}
+
+    def _examples(self, number: int) -> list[Example]:
+        """All processes' of a step."""
+        a_step = self.recipe.batch * self.recipe.accumulate
+        seen = range((number - 1) * a_step, number * a_step)
+        return [self.parts.examples[self._order[i]] for i in seen]
+
+    def _count(self, number: int) -> int:
+        """Positions with a loss, of all processes."""
+        return sum(example.predicted for example in self._examples(number))
 
     def _gradients(self, batch: Batch, count: int) -> float:
         value = self._forward(batch) / count

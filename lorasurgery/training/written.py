@@ -58,6 +58,18 @@ def on_base(
     return bound(adapter, by_module), tuple(results)
 
 
+def norms(detours: Detours) -> dict[str, float]:
+    """‖ΔW‖ of each module, in the Frobenius norm; a router's mixture has no ΔW."""
+    import torch
+
+    with torch.no_grad():
+        return {
+            path: float(layer.variant.delta(layer.dense(), layer.given, layer.config).norm())
+            for path, layer in detours.layers.items()
+            if not getattr(layer.variant, "ROUTED", False)
+        }
+
+
 def _site(module: str, layer: Adapted) -> Site:
     factors = layer.given
     infos = {n: TensorInfo(f"{module}.{n}", "F32", tuple(f.shape)) for n, f in factors.items()}

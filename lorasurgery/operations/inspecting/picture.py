@@ -71,10 +71,10 @@ def grid(values: Mapping[str, float]) -> Grid:
 def heat_map(path: Path, values: Mapping[str, float], scale: Scale) -> None:
     """One cell for each tensor, layer x module, into a .png, .svg or .pdf."""
     shown = grid(values)
-    figure = _figure(1.6 + 0.45 * len(shown.modules), 1.8 + 0.2 * len(shown.layers))
+    figure = figure_of(1.6 + 0.45 * len(shown.modules), 1.8 + 0.2 * len(shown.layers))
     axes = figure.subplots()
     _cells(axes, shown, scale)
-    _save(figure, path)
+    save(figure, path)
 
 
 def spectra_picture(
@@ -82,14 +82,14 @@ def spectra_picture(
 ) -> None:
     """Singular values of each module on the left; on the right a number of each, layer x module."""
     shown = grid(heat)
-    figure = _figure(7.5 + 0.45 * len(shown.modules), max(4.5, 1.8 + 0.2 * len(shown.layers)))
+    figure = figure_of(7.5 + 0.45 * len(shown.modules), max(4.5, 1.8 + 0.2 * len(shown.layers)))
     left, right = figure.subplots(1, 2)
     _lines(left, values)
     known = [v for v in heat.values() if not math.isnan(v)] or [1.0]
     # alike but for a rounding, they are of one colour
     low = min(known) if min(known) < 0.99 * max(known) else 0.0
     _cells(right, shown, Scale("effective rank", low, max(known)))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _lines(axes: Axes, values: Mapping[str, Sequence[float]]) -> None:
@@ -122,7 +122,8 @@ def _kind(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """An empty one, in inches."""
     from matplotlib.figure import Figure
 
     # without pyplot no display is looked for, and nothing outlives the figure
@@ -142,7 +143,8 @@ def _cells(axes: Axes, shown: Grid, scale: Scale) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """By the path's suffix; complete or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
         figure.savefig(part, format=path.suffix[1:], dpi=120)
