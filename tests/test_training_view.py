@@ -59,7 +59,7 @@ def norms(folder: Path) -> dict[str, str]:
     for part in [*parts, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]:
         names = [f"base_model.model.model.layers.{i}.{part}.lora_{{}}.weight" for i in range(2)]
         each = [float((2 * held[n.format("B")] @ held[n.format("A")]).norm()) for n in names]
-        found[f"model.layers.{{0..1}}.{part}"] = f"{sum(each) / 2:.4g}"
+        found[f"model.layers.{{0..1}}.{part}.weight"] = f"{sum(each) / 2:.4g}"
     return found
 
 
