@@ -25,7 +25,6 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # for GPUs that need not be here: registers, spills, instructions, computed times
