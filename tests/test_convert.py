@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small import adapter, base, tensors
 
 from lorasurgery import plugins
+from lorasurgery.model import open_model
 from lorasurgery.operations.algebra.site_weights import SiteWeights
 
 PEFT = plugins.load("dialects", "peft").VARIANTS
@@ -31,17 +32,17 @@ def lora(tmp_path: Path) -> Path:
 
 def merged(old: Path, path: Path) -> dict[str, torch.Tensor]:
     out = path.with_name(f"{path.name}-merged")
-    code, _, stderr = cli("merge", old, path, "-o", out, "--overwrite")
+    code, _, stderr = cli("merge", old, path, "-o", out, "--dtype", "float32", "--overwrite")
     assert code == 0, stderr
     return load_file(out / "model.safetensors")
 
 
 def error(old: Path, one: Path, other: Path) -> float:
     """||D1 - D2|| / ||D2|| over all weights, as merge makes them."""
-    base_, a, b = load_file(old / "model.safetensors"), merged(old, one), merged(old, other)
-    assert a.keys() == b.keys() == base_.keys()
+    weights, a, b = open_model(old).weights, merged(old, one), merged(old, other)
+    assert a.keys() == b.keys() == set(weights)
     off = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
-    whole = sum(float((b[n].double() - base_[n].double()).square().sum()) for n in a)
+    whole = sum(float(np.square(b[n].double().numpy() - weights.read(n)).sum()) for n in a)
     return (off / whole) ** 0.5
 
 
@@ -49,10 +50,14 @@ ROUTED = [n for n in plugins.names("adapters") if hasattr(plugins.load("adapters
 
 
 @pytest.mark.parametrize("variant", plugins.names("adapters"))
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
 def test_a_lora_there_and_back_changes_the_model_as_stated(
-    old: Path, lora: Path, tmp_path: Path, variant: str
+    old: Path, lora: Path, tmp_path: Path, variant: str, kind: str
 ) -> None:
     """Every variant that has factors for a LoRA, or near it, and those that have none say so."""
+    if kind == "nf4":
+        assert cli("quantize", old, "-o", tmp_path / "nf4")[0] == 0
+        old = tmp_path / "nf4"
     there, routed = tmp_path / "there", variant in ROUTED
     more = ("--experts", 3) if routed else ()
     arguments = ("convert", lora, "-o", there, "--to", variant, "--base", old, *more)
