@@ -27,7 +27,8 @@ from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, read_manifest
 from lorasurgery.surgery import RunOptions, stamp
-from lorasurgery.training import setup, state, written
+from lorasurgery.training import saved, setup, state, written
+from lorasurgery.training.board import Board, board
 from lorasurgery.training.interrupt import Interrupt
 from lorasurgery.training.method import Group
 from lorasurgery.training.options import TrainOptions
@@ -71,7 +72,10 @@ def _train(
             return Trained(done)
     prepared = setup.prepare(base, options, ranks)
     detours = prepared.trainer.parts.detours
-    report = Report("train", (), 0.0, setup.describe(detours, prepared.groups))
+    counts = setup.describe(detours, prepared.groups)
+    if options.machine.report_memory:
+        counts |= saved.report(prepared.trainer)
+    report = Report("train", (), 0.0, counts)
     if output is not None:
         run = _Run(base, inputs, options, prepared, plan, started)
         made = Output(output, (), plan, how.output) if ranks.first else None
@@ -109,6 +113,7 @@ class OnDisk:
 
     metrics: BinaryIO
     saved: Path
+    board: Board | None
 
     def begun(self) -> state.State | None:
         """Where an interrupted run is gone on with."""
@@ -122,6 +127,8 @@ class OnDisk:
         """One more line; the size of all."""
         self.metrics.write(json.dumps(told).encode() + b"\n")
         self.metrics.flush()
+        if self.board:
+            self.board.note(told)
         return self.metrics.tell()
 
     def save(self, captured: state.State) -> None:
@@ -146,8 +153,12 @@ class _Run:
         saved = output.partial / STATE
         try:
             path = output.partial / METRICS
-            with writing(path, "the metrics"), path.open("ab") as metrics:
-                self._steps(OnDisk(metrics, saved))
+            with (
+                writing(path, "the metrics"),
+                path.open("ab") as metrics,
+                board(output.partial) as shown,
+            ):
+                self._steps(OnDisk(metrics, saved, shown))
             return self._write(output, self._ended(report))
         except BaseException as error:
             if saved.exists():

@@ -64,7 +64,7 @@ class Trainer:
         batches, count = self.batches(number), self._count(number)
         with Trouble(parts.model, number) as trouble:
             (value,) = parts.ranks.sums(sum(self._gradients(batch, count) for batch in batches))
-            trouble.check_loss(value, lambda: self._forward(batches[0]))
+            trouble.check_loss(value, lambda: self.forward(batches[0]))
             penalty = self._penalty()
             parts.ranks.add_gradients(self._trained)
             norm = self._clip()
@@ -99,7 +99,7 @@ class Trainer:
                 chosen = ranks.mine(examples[start : start + a_round])
                 # a process that has none left still takes part in the others' exchanges
                 batch = collate(chosen or examples[:1], self.parts.padding)
-                value = float(self._forward(batch))
+                value = float(self.forward(batch))
                 total += value if chosen else 0.0
                 count += batch.predicted if chosen else 0
         model.train(training)
@@ -173,7 +173,7 @@ class Trainer:
 
     def _gradients(self, batch: Batch, count: int) -> float:
         self.parts.hooks.sees(batch)
-        value = self._forward(batch) / count
+        value = self.forward(batch) / count
         # activations that are computed again are not seen twice
         self.parts.hooks.sees(None)
         value.backward()  # type: ignore[no-untyped-call]
@@ -188,7 +188,8 @@ class Trainer:
         (value,) = self.parts.ranks.sums(float(penalty.detach()))
         return value
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss, summed over the batch's labels."""
         recipe, kind = self.recipe, self._device.type
         with torch.autocast(kind, torch.bfloat16, enabled=recipe.autocast):
             return loss.total(self.parts.model, batch.to(self._device))
