@@ -125,6 +125,26 @@ def test_lora_fa_with_dropout_is_refused(base):
     )
 
 
+def test_lora_fa_trains_magnitudes_beside_b_if_asked_to(base, tmp_path):
+    """PEFT's own optimizer for it does not run on a DoRA."""
+    own = lora_fa.Options(dora=True)
+    prepared = begin(base, options("lora-fa", own=own))
+    layers = prepared.trainer.parts.detours.layers
+    before = {p: {n: f.detach().clone() for n, f in la.factors.items()} for p, la in layers.items()}
+    steps(prepared, 2)
+    for path, layer in layers.items():
+        moved = {n for n, f in layer.factors.items() if not torch.equal(f, before[path][n])}
+        assert moved == {"B", "m"}
+    run(base, tmp_path / "out", options("lora-fa", own=own))
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("magnitude" in name for name in held) == len(layers)
+    with pytest.raises(UsageError) as caught:
+        begin(base, options("lora-fa", own=lora_fa.Options(fa_projection=True, dora=True)))
+    assert str(caught.value) == (
+        "--fa-projection: is derived for W + s B A, and --dora scales its rows. Take one of them away."
+    )
+
+
 def test_vera_shares_its_projections_and_is_read_back_from_their_seed(base, tmp_path):
     prepared = begin(base, options("vera"))
     layers = prepared.trainer.parts.detours.layers

@@ -11,6 +11,8 @@ from lorasurgery.adapter import AdapterConfig
 from lorasurgery.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from lorasurgery.training.adapted import Adapted
@@ -126,6 +128,9 @@ class Hooks:
 
     def finish(self) -> None:
         """After the last step: settle layers' configs and factors; raise for a promise that was broken."""
+
+    def beside(self, folder: Path, names: Mapping[str, str]) -> None:
+        """Write what the method has besides the adapter; `names` are the base's, of modules' weights."""
 
 
 class Method(Protocol):
