@@ -382,6 +382,24 @@ def test_targets_are_chosen_by_pefts_rules(base, targets, expected):
     assert len(prepared.trainer.parts.detours.layers) == expected
 
 
+EMBEDDED = {
+    "adalora": "and AdaLoRA's files hold linear layers alone",
+    "dora": "which DoRA's files in PEFT's form norm along the other axis",
+    "moral": "and a router chooses by what a linear layer sees",
+    "vera": "and VeRA's projections are of linear layers",
+}
+
+
+@pytest.mark.parametrize("method", EMBEDDED)
+def test_a_method_that_does_not_fit_an_embedding_says_so_before_the_first_step(base, method):
+    asked = replace(options(method), targets=Targets(("q_proj", "embed_tokens")))
+    with pytest.raises(UsageError) as caught:
+        begin(base, asked)
+    assert str(caught.value) == (
+        f"--target-modules: model.embed_tokens is an embedding, {EMBEDDED[method]}. Leave it out."
+    )
+
+
 def test_a_module_that_is_trained_whole_is_written_whole(base, tmp_path):
     asked = replace(options(rate=1e-2), targets=Targets(("q_proj",), whole=("lm_head",)))
     total = run(base, tmp_path / "out", asked)
