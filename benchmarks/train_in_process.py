@@ -1,6 +1,7 @@
 """Steps of LoRA or QLoRA on one batch, in a fresh process: ours, or PEFT's layers in a plain loop. Prints JSON.
 
-Both sides begin with the same factors, in float32, on the same tokens; the first step is not timed.
+Both sides begin with the same factors, in float32, on the same tokens; the first step is not timed. Over NF4
+the model is bfloat16 and so are its products, under autocast, as QLoRA is run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def load(base: Path, *, packed: bool) -> Any:
     if packed:
         from lorasurgery.training.nf4.load import load as load_nf4
 
-        return load_nf4(base, torch.float32, CodecOptions())
+        return load_nf4(base, torch.bfloat16, CodecOptions())
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -60,7 +61,9 @@ def trainer(model: Any, options: argparse.Namespace, settings: Settings) -> Trai
     drawn = tokens(model.config.vocab_size, options.batch, options.length)
     rows = [tuple(row) for row in drawn.tolist()]
     examples = [Example(str(i), row, row) for i, row in enumerate(rows)]
-    recipe = Recipe(options.steps, options.batch, schedule="constant", clip=None)
+    recipe = Recipe(
+        options.steps, options.batch, schedule="constant", clip=None, autocast=options.packed
+    )
     return Trainer(Parts(detours, Hooks(layers), optimizer, examples, 0), recipe)
 
 
@@ -74,10 +77,11 @@ def peer(options: argparse.Namespace) -> Callable[[], float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    plain: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    dtype = torch.bfloat16 if options.packed else torch.float32
+    plain: Any = AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype)
     for module in plain.modules():
         if hasattr(module, "compute_dtype"):
-            module.compute_dtype = torch.float32
+            module.compute_dtype = dtype
     rank = options.rank
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     model: Any = get_peft_model(plain, config)
@@ -94,8 +98,9 @@ def peer(options: argparse.Namespace) -> Callable[[], float]:
     model.train()
 
     def step() -> float:
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.packed):
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

@@ -42,7 +42,9 @@ def dtype_name(dtype: Dtype) -> str:
 def _array(arg: Any) -> Any:
     if is_tensor(arg):
         return _borrowed(arg.detach()) if _dealt_out() else from_torch(arg.detach())
-    return FLOATS[dtype_name(arg)] if str(arg).startswith("torch.") else arg
+    # by its type: a table's own name would be all its numbers
+    is_dtype = (type(arg).__module__, type(arg).__name__) == ("torch", "dtype")
+    return FLOATS[dtype_name(arg)] if is_dtype else arg
 
 
 def _tensor(result: Any) -> Any:
