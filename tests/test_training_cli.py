@@ -99,6 +99,31 @@ def test_a_flag_of_another_method_is_refused(base, tmp_path):
     assert refused(*call) == (1, "--method lora-fs: no method. Did you mean 'lora-fa'?")
 
 
+UNMEANT = {
+    ("--lr", "-1"): "--lr -1: is out of range. Pass 0 or more, below inf.",
+    ("--lr", "inf"): "--lr inf: is out of range. Pass 0 or more, below inf.",
+    ("--epochs", "nan"): "--epochs nan: is out of range. Pass 0 or more, below inf.",
+    ("--warmup", "-3"): "--warmup -3: is out of range. Pass 0 or more, below inf.",
+    ("--weight-decay", "nan"): "--weight-decay nan: is out of range. Pass 0 or more, below inf.",
+    ("--beta2", "1"): "--beta2 1: is out of range. Pass 0 or more, below 1.",
+    ("--alpha", "nan"): "--alpha nan: is out of range. Pass 0 or more, below inf.",
+    ("--seed", "-1"): "--seed -1: is out of range. Pass 0 or more, below 9.22337e+18.",
+    ("--dialect", "nope"): "dialects: no 'nope'. Did you mean 'peft'?",
+    ("--layers", "99"): "--target-modules: no module in layers 99 is named by all-linear. Known: down_proj, "
+    "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
+    ("--target-modules", "("): "--target-modules (: is no name and no regular expression (missing ), unterminated "
+    "subpattern at position 0). Mend it.",
+    ("-m", "moral", "--experts", "0"): "--experts 0: is no number of experts. Pass 1 or more.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", UNMEANT, ids=" ".join)
+def test_what_cannot_be_meant_is_one_line_before_the_first_step(base, tmp_path, flags):
+    _, said = refused("train", base, "--data", TEXT, "-o", tmp_path / "out", *SHORT, *flags)
+    assert said == UNMEANT[flags]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_data_must_be_given_and_be_there(base, tmp_path):
     code, _ = refused("train", base, "-o", tmp_path / "out")
     assert code == 2

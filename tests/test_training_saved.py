@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,18 @@ def test_each_piece_of_memory_counts_once_and_weights_do_not():
     assert saved.kept(layer, lambda: layer(x) + layer(x)) == 7 * 6 * 4
     # exp keeps its output, relu too: the same sizes, other memory
     assert saved.kept(layer, lambda: layer(x).exp().relu()) == 7 * 6 * 4 + 2 * 7 * 5 * 4
+
+
+def test_nothing_that_was_counted_stays_in_memory():
+    layer, held = nn.Linear(6, 5), []
+
+    def forward():
+        y = layer(torch.randn(7, 6)).exp()  # which exp keeps for its own gradient
+        held.append(weakref.ref(y))
+        return y.sum()
+
+    saved.kept(layer, forward)
+    assert held[0]() is None
 
 
 def test_lora_fa_keeps_at_most_a_twentieth_of_what_lora_keeps_for_its_adapter(base):

@@ -56,7 +56,7 @@ def kept(model: nn.Module, forward: Callable[[], Any]) -> int:
     def note(tensor: Tensor) -> Tensor:
         if _place(tensor) not in own:
             found[_place(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         alive = forward()  # while the graph is, no memory is given away twice

@@ -63,6 +63,8 @@ def _train(
     base: Path, output: Path | None, options: TrainOptions, how: RunOptions, ranks: Ranks
 ) -> Trained:
     started = time.perf_counter()
+    if options.dialect:
+        plugins.load("dialects", options.dialect)  # not found, it would be so after all steps
     inputs = {"base": base, **{f"data{i}": p for i, p in enumerate(_files(options))}}
     if chosen := getattr(options.own, "keep", None):  # another choice of modules is another run
         inputs["keep"] = Path(chosen)
