@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -50,7 +50,10 @@ def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data
             f"nf4_dequantize: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. "
             "Choose one of them."
         )
-    result: Data = dispatch(cpu, launch, codes, absmax, block, n, dtype, table)
+    form: Any = cpu
+    if is_tensor(codes):
+        from lorasurgery.kernels._nf4_ops import nf4_dequantize as form
+    result: Data = form(codes, absmax, block, n, dtype, table)
     return result
 
 

@@ -15,7 +15,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import nf4_dequantize
 from lorasurgery.kernels._chance import keys, uniform
-from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -57,7 +57,10 @@ def run(
             f"{list(absmax.shape)}, but {n} weights in blocks of {block} have float32 [{blocks}]. "
             "Check the block size."
         )
-    result: tuple[Data, Data] = dispatch(cpu, launch, flat, block, absmax, seed, offset)
+    form: Any = cpu
+    if is_tensor(flat):
+        from lorasurgery.kernels._nf4_ops import nf4_quantize as form
+    result: tuple[Data, Data] = form(flat, block, absmax, seed, offset)
     return result
 
 
@@ -116,7 +119,7 @@ def launch(
     n, device, flat = len(flat), flat.device, flat.contiguous()
     codes, table = torch.empty(-(-n // 2), dtype=torch.uint8, device=device), _table(device)
     keep = absmax is not None
-    scales = torch.empty(-(-n // block), device=device) if absmax is None else absmax.contiguous()
+    scales = torch.empty(-(-n // block), device=device) if absmax is None else absmax.clone()
     k1, k2 = map(int, keys(seed or 0))
 
     def start(config: Config) -> None:
