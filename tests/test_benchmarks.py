@@ -51,7 +51,10 @@ def test_the_gpu_s_table_and_record_say_what_was_measured():
         "|  | peer | 5.0 | 2.5 |",
     ]
     tested = self_test.SelfTest(
-        "NVIDIA Made-up", (self_test.Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),)
+        "NVIDIA Made-up",
+        3500.0,
+        "the maker's",
+        (self_test.Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),),
     )
     found = gpu.record(rows, "NVIDIA Made-up", tested)
     assert found["device"] == "NVIDIA Made-up"
