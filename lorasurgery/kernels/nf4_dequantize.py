@@ -29,6 +29,7 @@ NF4 = np.array([
 NF4.flags.writeable = False
 
 MAX_BLOCK = 4096
+LEAST = 1 << 20  # weights that are worth a thread of their own: more than an operation's tile has
 
 
 def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data) -> Data:
@@ -104,12 +105,20 @@ def reference(
 
 
 def cpu(codes: Array, absmax: Array, block: int, n: int, dtype: Any, table: Array) -> Array:
-    """The same in numba."""
+    """The same in numba, spans of whole blocks over threads."""
     from lorasurgery.kernels._floats import source, target
     from lorasurgery.kernels._nf4_cpu import dequantize
+    from lorasurgery.kernels._threads import over_rows
 
     out = np.empty(n, dtype)
-    dequantize(source(codes), source(absmax), block, pairs(table.tobytes()), target(out))
+    packed, scales, both, into = source(codes), source(absmax), pairs(table.tobytes()), target(out)
+
+    def part(start: int, stop: int) -> None:
+        first, last = start * block, min(stop * block, n)
+        here = packed[first // 2 : -(-last // 2)], scales[start:stop]
+        dequantize(*here, block, both, into[first:last])
+
+    over_rows(part, len(scales), LEAST // block)
     return out
 
 

@@ -92,18 +92,25 @@ def reference(
 def cpu(
     flat: Array, block: int, absmax: Array | None = None, seed: int | None = None, offset: int = 0
 ) -> tuple[Array, Array]:
-    """The same in numba, in one pass."""
+    """The same in numba, in one pass, spans of whole blocks over threads."""
     from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._nf4_cpu import quantize, quantize_by_chance
+    from lorasurgery.kernels._threads import over_rows
 
-    keep = absmax is not None
-    scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax.copy()
-    codes = np.empty(-(-len(flat) // 2), np.uint8)
-    if seed is None:
-        quantize(source(flat), block, MIDDLES, keep, scales, codes)
-    else:
-        chance = (*keys(seed), np.uint64(offset))
-        quantize_by_chance(source(flat), block, LEVELS, keep, scales, codes, chance)
+    n, keep, w = len(flat), absmax is not None, source(flat)
+    scales = np.empty(-(-n // block), np.float32) if absmax is None else absmax.copy()
+    codes = np.empty(-(-n // 2), np.uint8)
+
+    def part(start: int, stop: int) -> None:
+        first, last = start * block, min(stop * block, n)
+        here, out = scales[start:stop], codes[first // 2 : -(-last // 2)]
+        if seed is None:
+            quantize(w[first:last], block, MIDDLES, keep, here, out)
+        else:
+            chance = (*keys(seed), np.uint64(offset + first))
+            quantize_by_chance(w[first:last], block, LEVELS, keep, here, out, chance)
+
+    over_rows(part, len(scales), nf4_dequantize.LEAST // block)
     return codes, scales
 
 
