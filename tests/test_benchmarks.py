@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_rows
+from benchmarks import gpu, gpu_layer, gpu_rows
 from benchmarks.rows import ROWS
 from lorasurgery.operations.diagnosis import self_test
 
@@ -78,6 +78,6 @@ SMALL = gpu_rows.benches(256, (1, 16, 33, 65))
 def test_the_sides_of_each_gpu_row_agree_on_a_processor_too(name):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        sides = SMALL[name](gpu_rows.layer(256, device))
+        sides = SMALL[name](gpu_layer.layer(256, device))
         assert len(sides) > 1
         gpu.check(sides, name)
