@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_rows import Sides, benches, layer
+from benchmarks.gpu_layer import Sides, layer
+from benchmarks.gpu_rows import benches
 from benchmarks.racing import Row, Side
 from benchmarks.run import PEERS, installed
 from lorasurgery.operations.diagnosis.self_test import SelfTest, self_test

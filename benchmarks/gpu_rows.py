@@ -7,108 +7,19 @@ The first side is ours, the last the plainest: all are held to it. bitsandbytes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_weight_rows as weights
+from benchmarks.gpu_layer import RANK, SCALE, Layer, Sides, kernel
 from lorasurgery import plugins
 
-BLOCK, RANK, SCALE, PAGE = 64, 16, 2.0, 1024
+PAGE = 1024
 ROWS = (1, 16, 512, 8192)
 ADAPTERS = 64
-
-Sides = dict[str, Callable[[], Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One weight in all its forms; `state` is bitsandbytes' own."""
-
-    dense: Tensor  # bfloat16 [out, in], what the codes stand for
-    codes: Tensor
-    absmax: Tensor
-    table: Tensor
-    state: Any
-    a: Tensor  # bfloat16 [r, in]
-    b: Tensor  # bfloat16 [out, r]
-
-    @property
-    def packed(self) -> tuple[Tensor, Tensor, int, int, Tensor]:
-        return self.codes, self.absmax, BLOCK, len(self.dense), self.table
-
-    @property
-    def theirs(self) -> Tensor:
-        """As bitsandbytes' functions take it."""
-        return self.codes.view(-1, 1)
-
-    def drawn(self, *shape: int) -> Tensor:
-        """Gaussian bfloat16 on the weight's device."""
-        return torch.randn(shape, device=self.dense.device, dtype=torch.bfloat16)
-
-
-def layer(size: int, device: str) -> Layer:
-    """Gaussian weights, quantized by bitsandbytes without a second level."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    torch.manual_seed(0)
-    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    packed, state = quantize_4bit(0.02 * draw(size, size), blocksize=BLOCK, quant_type="nf4")
-    a, b = draw(RANK, size) / size**0.5, 0.02 * draw(size, RANK)
-    codes, table = packed.flatten().view(torch.uint8), state.code.float()
-    return Layer(dequantize_4bit(packed, state), codes, state.absmax, table, state, a, b)
-
-
-def kernel(name: str) -> Callable[..., Any]:
-    run: Callable[..., Any] = plugins.load("kernels", name).run
-    return run
-
-
-def quantize(w: Layer) -> Sides:
-    from bitsandbytes.functional import quantize_4bit
-
-    run = kernel("nf4_quantize")
-
-    def bitsandbytes() -> Tensor:
-        codes: Tensor = quantize_4bit(w.dense, blocksize=BLOCK, quant_type="nf4")[0]
-        return codes.flatten().view(torch.uint8)
-
-    return {"lorasurgery": lambda: run(w.dense.view(-1), BLOCK)[0], "bitsandbytes": bitsandbytes}
-
-
-def quantize_double(w: Layer) -> Sides:
-    """With the scales' own quantization; what is compared is the codes of weights."""
-    from bitsandbytes.functional import quantize_4bit
-
-    first, second = kernel("nf4_quantize"), kernel("double_quantize")
-
-    def ours() -> Tensor:
-        codes, absmax = first(w.dense.view(-1), BLOCK)
-        second(absmax)
-        found: Tensor = codes
-        return found
-
-    def bitsandbytes() -> Tensor:
-        codes: Tensor = quantize_4bit(
-            w.dense, blocksize=BLOCK, quant_type="nf4", compress_statistics=True
-        )[0]
-        return codes.flatten().view(torch.uint8)
-
-    return {"lorasurgery": ours, "bitsandbytes": bitsandbytes}
-
-
-def dequantize(w: Layer) -> Sides:
-    from bitsandbytes.functional import dequantize_4bit
-
-    run, n = kernel("nf4_dequantize"), w.dense.numel()
-    ours = partial(run, w.codes, w.absmax, BLOCK, n, torch.bfloat16, w.table)
-    return {
-        "lorasurgery": lambda: ours().view(w.dense.shape),
-        "bitsandbytes": lambda: dequantize_4bit(w.theirs, w.state),
-        "copying the result": w.dense.clone,
-    }
 
 
 def linear(w: Layer, m: int) -> Sides:
@@ -159,29 +70,6 @@ def lora_backward(w: Layer, m: int) -> Sides:
         "unsloth-like torch": lambda: by_hand(lambda: dequantize_4bit(w.theirs, w.state)),
         "dense torch": lambda: by_hand(lambda: w.dense),
     }
-
-
-def merge(w: Layer) -> Sides:
-    run, a, b = kernel("lora_merge"), w.a.float(), SCALE * w.b.float()
-    return {
-        "lorasurgery": lambda: run(w.dense, a, b, torch.bfloat16)[0],
-        "dense torch": lambda: (w.dense.float() + b @ a).to(torch.bfloat16),
-    }
-
-
-def merge_nf4(w: Layer) -> Sides:
-    """Into NF4 again, scales anew."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    run, a, b = kernel("nf4_merge"), w.a.float(), SCALE * w.b.float()
-
-    def bitsandbytes() -> Tensor:
-        merged = dequantize_4bit(w.theirs, w.state).float() + b @ a
-        codes: Tensor = quantize_4bit(merged, blocksize=BLOCK, quant_type="nf4")[0]
-        return codes.flatten().view(torch.uint8)
-
-    ours = partial(run, w.codes, w.absmax, BLOCK, a, b, torch.bfloat16)
-    return {"lorasurgery": lambda: ours()[0], "bitsandbytes and torch": bitsandbytes}
 
 
 def dora_norm(w: Layer, axis: int) -> Sides:
@@ -254,21 +142,38 @@ def adamw(w: Layer) -> Sides:
     return {"lorasurgery": lambda: step()[:half], "torch, fused": theirs}
 
 
+def importance(w: Layer) -> Sides:
+    """AdaLoRA's scores of triplets, for as many elements as the layer has."""
+    kernel_, (x, g, smooth, wide) = kernel("adalora_importance"), w.drawn(4, *w.dense.shape).float()
+
+    def plain() -> Tensor:
+        now = (x * g).abs()
+        fresh = 0.85 * smooth + 0.15 * now
+        spread = 0.85 * wide + 0.15 * (now - fresh).abs()
+        scores: Tensor = (fresh * spread).mean(dim=1)
+        return scores
+
+    return {"lorasurgery": lambda: kernel_(x, g, smooth, wide, 1)[2], "dense torch": plain}
+
+
 def benches(size: int, rows: tuple[int, ...] = ROWS) -> dict[str, Callable[[Layer], Sides]]:
     """By the title of the row; rows are those of x."""
     rank = f"LoRA of rank {RANK}"
     return {
-        f"NF4 quantize {size} x {size} bf16": quantize,
-        f"NF4 + double quantization {size} x {size} bf16": quantize_double,
-        f"NF4 dequantize {size} x {size} to bf16": dequantize,
+        f"NF4 quantize {size} x {size} bf16": weights.quantize,
+        f"NF4 + double quantization {size} x {size} bf16": weights.quantize_double,
+        f"NF4 dequantize {size} x {size} to bf16": weights.dequantize,
         **{f"NF4 linear, {m} rows": partial(linear, m=m) for m in rows},
         **{f"NF4 linear + {rank}, {m} rows": partial(lora_linear, m=m) for m in rows},
         **{f"its gradients, {m} rows": partial(lora_backward, m=m) for m in rows[2:]},
-        f"merge {rank} into bf16": merge,
-        f"merge {rank} into NF4": merge_nf4,
+        f"merge {rank} into bf16": weights.merge,
+        f"merge {rank} into NF4": weights.merge_nf4,
+        f"merge {rank} from NF4 into bf16": weights.merge_out,
+        f"merge {rank} from bf16 into NF4": weights.merge_in,
         f"DoRA norms of rows, rank {RANK}": partial(dora_norm, axis=1),
         f"DoRA norms of columns, rank {RANK}": partial(dora_norm, axis=0),
         "DoRA output": dora_output,
         **{f"{ADAPTERS} adapters, {m} rows": partial(grouped, m=m) for m in (ADAPTERS, rows[2])},
         "AdamW of factors": adamw,
+        "AdaLoRA's importance": importance,
     }

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # the same examples in every run: a red test means a change, and not a throw of the dice
@@ -23,3 +24,21 @@ os.environ.pop("FORCE_COLOR", None)
 # without a GPU, Triton kernels run under its interpreter
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written is nan, or 0x7f where there is no nan."""
+    import torch
+
+    def poison(make):
+        def made(*args, **options):
+            out = make(*args, **options)
+            return out.fill_(torch.nan if out.is_floating_point() else 0x7F)
+
+        return made
+
+    for place, name in (
+        (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, poison(getattr(place, name)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_rows
+from benchmarks import gpu, gpu_layer, gpu_rows
 from benchmarks.rows import ROWS
 from lorasurgery.operations.diagnosis import self_test
 
@@ -51,7 +51,10 @@ def test_the_gpu_s_table_and_record_say_what_was_measured():
         "|  | peer | 5.0 | 2.5 |",
     ]
     tested = self_test.SelfTest(
-        "NVIDIA Made-up", (self_test.Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),)
+        "NVIDIA Made-up",
+        3500.0,
+        "the maker's",
+        (self_test.Tested("one", "Triton", 3, None, 1e-5, 70.0, 2.0),),
     )
     found = gpu.record(rows, "NVIDIA Made-up", tested)
     assert found["device"] == "NVIDIA Made-up"
@@ -75,6 +78,6 @@ SMALL = gpu_rows.benches(256, (1, 16, 33, 65))
 def test_the_sides_of_each_gpu_row_agree_on_a_processor_too(name):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
-        sides = SMALL[name](gpu_rows.layer(256, device))
+        sides = SMALL[name](gpu_layer.layer(256, device))
         assert len(sides) > 1
         gpu.check(sides, name)

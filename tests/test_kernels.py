@@ -34,7 +34,10 @@ from lorasurgery.kernels import (
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 # the interpreter computes in numpy, which warns of what IEEE defines: 0 / 0, 1 / denormal
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = plugins.names("kernels")
@@ -115,14 +118,11 @@ def test_kernels_are_imported_without_torch_triton_and_numba():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize(
-    "broken", ["CacheImpl._locator_classes = []", "IndexDataCacheFile.save = full"]
-)
-def test_a_kernel_works_where_nothing_can_be_cached(broken, tmp_path):
-    code = f"""
+def test_a_kernel_works_where_the_disk_is_full(tmp_path):
+    code = """
 import numba.core.caching as caching, numpy as np
 def full(*args): raise OSError(28, "No space left on device")
-caching.{broken}
+caching.IndexDataCacheFile.save = full
 from lorasurgery.kernels import double_dequantize
 args = np.full(3, 5, np.uint8), np.ones(1, np.float32), np.float32(0.5)
 print(double_dequantize.run(*args) == double_dequantize.TABLE[5] + np.float32(0.5))

@@ -8,7 +8,10 @@ import torch
 from lorasurgery.kernels import dora_norm, dora_output
 
 # the interpreter computes in numpy, which warns of what IEEE defines
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -30,7 +30,10 @@ from lorasurgery.kernels._tile_triton import odd_weights, weights
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 # the interpreter computes in numpy, which warns where masked numbers are nan or inf
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MATRIX = ["grouped_lora", "lora_linear", "nf4_linear"]

@@ -1,26 +1,23 @@
-"""Shapes that hurt: every block size and odd rank, strided input, fresh memory full of nan, offsets beyond 2^31."""
+"""Shapes that hurt: every block size and odd rank, strided input, every configuration, fresh memory full of nan."""
 
-import mmap
-
-import numpy as np
 import pytest
 import torch
-import triton
-from triton.runtime import interpreter
 
 from lorasurgery import plugins
 from lorasurgery.kernels import (
-    _dora_triton,
-    _double_triton,
-    _merge_nf4_triton,
-    _merge_triton,
-    _nf4_triton,
-    _training_triton,
+    adalora_budget,
+    adalora_importance,
     dora_norm,
+    dora_output,
+    double_dequantize,
+    double_quantize,
     grouped_lora,
+    lora_adamw,
     lora_linear,
     lora_merge,
+    nf4_decode_merge,
     nf4_dequantize,
+    nf4_encode_merge,
     nf4_linear,
     nf4_merge,
     nf4_quantize,
@@ -29,30 +26,16 @@ from lorasurgery.kernels._tuning import every
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 # the interpreter computes in numpy, which warns of what IEEE defines
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = torch.from_numpy(NF4.copy())
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 RANKS = [1, 3, 7, 13, 64, 256]
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that nobody has written is nan, or 0x7f where there is no nan."""
-
-    def poison(make):
-        def made(*args, **options):
-            out = make(*args, **options)
-            return out.fill_(torch.nan if out.is_floating_point() else 0x7F)
-
-        return made
-
-    for place, name in (
-        (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"),
-    ):  # fmt: skip
-        monkeypatch.setattr(place, name, poison(getattr(place, name)))
 
 
 def moved(args):
@@ -93,6 +76,11 @@ def test_every_block_size_with_whole_and_short_last_blocks(block):
             held(nf4_linear, (x, codes, absmax, block, rows, TABLE), f"{rows}x{columns} {m}")
         a, b = drawn(2, columns), 0.01 * drawn(rows, 2)
         held(nf4_merge, (codes, absmax, block, a, b, torch.bfloat16), f"{rows}x{columns}")
+        out_of = codes, absmax, block, a, b, torch.bfloat16, torch.float16
+        held(nf4_decode_merge, out_of, f"{rows}x{columns}")
+        held(nf4_encode_merge, (drawn(rows, columns), block, a, b), f"{rows}x{columns}")
+        low = drawn(5, columns), codes, absmax, block, rows, TABLE, a, b, 0.5
+        held(lora_linear, low, f"{rows}x{columns}")
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -106,6 +94,8 @@ def test_every_rank(rank):
             held(dora_norm, (w, a, b, axis), f"{kind} {axis}")
     codes, absmax = nf4_quantize.reference(0.02 * drawn(rows * columns), block)
     held(nf4_merge, (codes, absmax, block, a, 0.1 * b, torch.float16))
+    held(nf4_decode_merge, (codes, absmax, block, a, 0.1 * b, torch.float16, torch.float32))
+    held(nf4_encode_merge, (drawn(rows, columns).bfloat16(), block, a, 0.1 * b))
     for m in (1, 5):
         for kind in KINDS:
             x = drawn(m, columns, seed=m).to(kind)
@@ -136,6 +126,30 @@ def test_strided_input(kind):
     held(nf4_quantize, (drawn(200).to(kind)[::2], block))
     sparse = codes.repeat_interleave(2)[::2], absmax.repeat_interleave(2)[::2]
     held(nf4_dequantize, (*sparse, block, rows * columns, kind, TABLE))
+    turned = drawn(columns, 3).T, 0.01 * drawn(3, rows).T
+    held(nf4_merge, (*sparse, block, *turned, kind))
+    held(nf4_decode_merge, (*sparse, block, *turned, kind, kind))
+    held(nf4_encode_merge, (w, block, *turned, sparse[1]))
+    base, lora = drawn(rows, columns, 2).to(kind).unbind(2)
+    held(dora_output, (base, lora, drawn(columns, 2).abs()[:, 0], drawn(columns).abs() + 1))
+
+
+def test_strided_state_of_training_and_scales():
+    w, grad, m, v = drawn(2 * 70, 4).abs().T[:, ::2]
+    held(lora_adamw, (w, grad, m, v, 30, 2, lora_adamw.Rates(1e-2)))
+    for axis in (0, 1):
+        held(adalora_importance, (*(x.view(7, 10).T for x in drawn(4, 70).abs()), axis))
+    held(adalora_budget, (w, grad, m, v, 20))
+    held(double_quantize, (drawn(600).abs()[::2],))
+    q, nested, offset = double_quantize.reference(drawn(600).abs())
+    twice = q.repeat_interleave(2)[::2], nested.repeat_interleave(2)[::2]
+    held(double_dequantize, (*twice, offset))
+    pages = grouped_lora.scatter((2, 3), (40, 24, 16), torch.float32, torch.Generator())
+    pool, *index = pages
+    adapter = torch.tensor([1, 0, 0, 1], dtype=torch.int32).repeat(2)[::2]
+    base = drawn(24, 4).T
+    held(grouped_lora, (drawn(40, 4).T, adapter, pool, *index, base))
+    held(grouped_lora, (drawn(8, 80)[::2, ::2], adapter, pool, *index, base))
 
 
 @pytest.mark.parametrize("name", [
@@ -149,161 +163,3 @@ def test_every_configuration_gives_the_result(name):
         # each configuration writes over what the one before it wrote
         with every():
             held(kernel, args, label)
-
-
-# --- offsets beyond 2^31 elements, in memory that is mapped and hardly touched
-
-FAR = 1 << 31
-
-
-def far(count, dtype):
-    """Zeros; on a CPU only the pages that are written take memory."""
-    if DEVICE == "cuda":
-        return torch.zeros(count, dtype=dtype, device=DEVICE)
-    size = count * torch.zeros(0, dtype=dtype).element_size()
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
-
-
-def last_program(monkeypatch, kernel, grid, *args, **constants):
-    """The whole grid on a GPU; the interpreter is told that its one program is the last."""
-    if DEVICE == "cuda":
-        kernel[grid](*args, **constants)
-        return
-    builder = interpreter.interpreter_builder
-    places, sizes = (
-        [interpreter.TensorHandle(np.array([g - d], np.int32), triton.language.int32) for g in grid]
-        for d in (1, 0)
-    )
-    with monkeypatch.context() as patched:
-        patched.setattr(builder, "create_get_program_id", places.__getitem__)
-        patched.setattr(builder, "create_get_num_programs", sizes.__getitem__)
-        kernel[(1,) * len(grid)](*args, **constants)
-
-
-def test_nf4_is_found_beyond_two_billion(monkeypatch):
-    n, size = FAR + 4096, 4096
-    codes, absmax, out = (
-        far(n // 2, torch.uint8),
-        far(n // 64, torch.float32),
-        far(n, torch.float16),
-    )
-    codes[-2:], absmax[-1] = torch.tensor([0xF0, 0x0F]), 2.0
-    last_program(
-        monkeypatch, _nf4_triton.dequantize, (n // size,), codes, absmax, TABLE.to(DEVICE), out, n,
-        BLOCK=64, BFLOAT=False, SIZE=size,
-    )  # fmt: skip
-    assert out[-4:].tolist() == [2, -2, -2, 2]
-    again, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
-    last_program(
-        monkeypatch, _nf4_triton.quantize, (n // 2048,), out, scales, again, TABLE.to(DEVICE), n, 0,
-        0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
-    )  # fmt: skip
-    assert (again[-2:].tolist(), scales[-1].item()) == ([0xF0, 0x0F], 2)
-
-
-def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
-    rows, columns = (FAR >> 12) + 1, 4096
-    n, programs = rows * columns, rows * columns // 1024
-    codes, absmax = far(n // 2, torch.uint8), far(n // 64, torch.float32)
-    packed, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
-    codes[-1], absmax[-1] = 0xF7, 1.0
-    a, b = far(columns, torch.float32), far(rows, torch.float32)
-    a[-1], b[-1] = -0.5, 2.0
-    partial = torch.zeros(3, programs, dtype=torch.float64, device=DEVICE)
-    last_program(
-        monkeypatch, _merge_nf4_triton.merge, (programs,), codes, absmax, a, b, packed, scales,
-        partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
-        DTYPE="float32", BLOCK=64, ROWS=16,
-    )  # fmt: skip
-    # levels 1 and 0, and -1 added to the last
-    assert (packed[-1].item(), scales[-1].item()) == (0xF0, 1)
-    assert partial[:, -1].tolist() == [1, 1, 0]
-
-
-def test_dense_weights_are_found_beyond_two_billion(monkeypatch):
-    rows, columns = (FAR >> 12) + 16, 4096
-    w, out = far(rows * columns, torch.float16), far(rows * columns, torch.float16)
-    a, b = far(columns, torch.float32), far(rows, torch.float32)
-    w[-1], a[-1], b[-1] = 0.5, -1.0, 2.0
-    grid = rows // 8, columns // 128
-    partial = torch.zeros(3, grid[0] * grid[1], dtype=torch.float64, device=DEVICE)
-    last_program(
-        monkeypatch, _merge_triton.merge, grid, w, a, b, out, partial, rows, columns, 1, 0, 0, 0,
-        BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
-    )  # fmt: skip
-    assert out[-1].item() == -1.5
-    assert partial[:, -1].tolist() == [4, 4, 0]
-    norms = far(rows, torch.float32)
-    last_program(
-        monkeypatch, _dora_triton.row_norms, (rows // 8,), w, a, b, norms, rows, columns, 1,
-        ROWS=8, COLUMNS=4096,
-    )  # fmt: skip
-    assert norms[-1].item() == 1.5
-    squares, grid = (
-        torch.zeros(rows // 16, columns, dtype=torch.float64, device=DEVICE),
-        (32, rows // 16),
-    )
-    last_program(
-        monkeypatch, _dora_triton.column_norms, grid, w, a, b, squares, rows, columns, 1, 1,
-        ROWS=16, COLUMNS=128,
-    )  # fmt: skip
-    assert squares[-1, -1].item() == 2.25
-
-
-def test_outputs_are_found_beyond_two_billion(monkeypatch):
-    rows, columns = (FAR >> 12) + 16, 4096
-    n = rows * columns
-    base, out = far(n, torch.float16), far(n, torch.float16)
-    scale = torch.full((columns,), 3.0, device=DEVICE)
-    base[-1] = 2
-    last_program(
-        monkeypatch, _dora_triton.scaled, (n // 1024,), base, base, scale, out, n, columns,
-        LORA=True, BFLOAT=False, SIZE=1024,
-    )  # fmt: skip
-    assert out[-1].item() == 12
-    sums = torch.zeros(rows // 16, columns, dtype=torch.float64, device=DEVICE)
-    last_program(
-        monkeypatch, _dora_triton.scaled_backward, (rows // 16, 32), base, base, base, scale, out,
-        sums, rows, columns, LORA=False, BFLOAT=False, ROWS=16, COLUMNS=128,
-    )  # fmt: skip
-    assert (out[-1].item(), sums[-1, -1].item()) == (6, 4)
-
-
-def test_training_s_state_is_found_beyond_two_billion(monkeypatch):
-    n, size = FAR + 1024, 1024
-    state, *out = (far(n, torch.float32) for _ in range(4))
-    state[-1] = 2
-    #            decay, 1 - β1, β2, 1 - β2, root, ε, rate: and the same again for B
-    numbers = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0], [1, 1, 0, 1, 1, 0, 0.5]])
-    last_program(
-        monkeypatch, _training_triton.adamw, (n // size,), state, state, state, state,
-        numbers.to(DEVICE), *out, n, FAR, SIZE=size,
-    )  # fmt: skip
-    # w - rate · m / √v, with m = g and v = g²
-    assert [x[-1].item() for x in out] == [1.5, 2, 4]
-    rows = n // 1024
-    betas = torch.tensor([0.0, 1.0, 0.0, 1.0], device=DEVICE)
-    partial = torch.zeros(1, rows, dtype=torch.float64, device=DEVICE)
-    last_program(
-        monkeypatch, _training_triton.importance, (rows, 1), state, state, state, state, betas,
-        *out[:2], partial, rows, 1024, TRIPLETS_FIRST=True, TRIPLETS=1, ITEMS=1024,
-    )  # fmt: skip
-    assert [x[-1].item() for x in out[:2]] == [4, 0]
-
-
-def test_scales_are_found_beyond_two_billion(monkeypatch):
-    n = FAR + 1024
-    absmax, q, nested = far(n, torch.float32), far(n, torch.uint8), far(n // 256, torch.float32)
-    absmax[-1] = 3
-    offset, levels = torch.ones(1, device=DEVICE), torch.arange(256.0, device=DEVICE)
-    positions = torch.arange(1 << 16, device=DEVICE).div(256, rounding_mode="floor").to(torch.uint8)
-    last_program(
-        monkeypatch, _double_triton.quantize, (n // 256,), absmax, offset, positions, q, nested, n,
-        BLOCK=256,
-    )  # fmt: skip
-    assert (q[-1].item(), nested[-1].item()) == (255, 2)
-    last_program(
-        monkeypatch, _double_triton.dequantize, (n // 1024,), q, nested, levels, offset, absmax, n,
-        BLOCK=256, SIZE=1024,
-    )  # fmt: skip
-    assert absmax[-1].item() == 511

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorasurgery.kernels import _threads, nf4_dequantize, nf4_matvec, nf4_quantize
+from lorasurgery.surgery import TILE_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +110,39 @@ def test_a_matvec_has_the_same_bits_on_any_number_of_threads():
         40 * 2.0**-24 * (np.abs(decoded) @ np.abs(x[0]))
     )  # 2048 / 64 + log2 64 sums and a product
     assert (np.abs(found[0][0] - decoded @ x[0].astype(np.float64)) <= bound).all()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_codes_and_weights_have_the_same_bits_on_any_number_of_threads(seed, monkeypatch):
+    # three spans, and a short last block of an odd number of weights
+    w = np.random.default_rng(0).standard_normal(64 * 700 + 33, np.float32)
+    monkeypatch.setattr(nf4_dequantize, "LEAST", 64 * 200)
+    parts, plain = [], _threads.over_rows
+
+    def over_rows(work, rows, least):
+        def seen(start, stop):
+            parts.append((start, stop))
+            work(start, stop)
+
+        plain(seen, rows, least)
+
+    monkeypatch.setattr(_threads, "over_rows", over_rows)
+    kept, found = np.full(701, 0.7, np.float32), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        parts.clear()
+        codes, absmax = nf4_quantize.run(w, 64, None, seed, 77)
+        assert len(parts) == threads
+        bound, _ = nf4_quantize.run(w, 64, kept, seed, 77)
+        kind = np.dtype(np.float16)
+        decoded = nf4_dequantize.run(codes, absmax, 64, w.size, kind, nf4_dequantize.NF4)
+        assert len(parts) == 3 * threads
+        found.append([codes, absmax, bound, decoded])
+    for one, two, three in zip(*found, strict=True):
+        assert one.tobytes() == two.tobytes() == three.tobytes()
+
+
+def test_a_tile_of_an_operation_stays_in_its_thread():
+    """The engine has a thread for every processor already."""
+    # a tile is of at most so many bytes, and a weight of at least two
+    assert nf4_dequantize.LEAST >= TILE_BYTES // 2

@@ -98,7 +98,7 @@ def test_the_command_prints_a_table_and_json_and_exits_with_3_when_one_is_wrong(
     assert code == 3
     assert shown.err.startswith("error: self-test: on ")
     head, title, bad, good = shown.out.split("\n\n")[-1].splitlines()
-    assert head.startswith("self-test on ")
+    assert re.fullmatch(r"self-test on .+, whose peak is 1000\.0 GB/s, the maker's", head)
     assert title.split() == ["kernels", "form", "cases", "result", "ms", "GB/s", "of", "peak"]
     assert re.fullmatch(r"bad +torch +2 +WRONG +[\d.]+ +[\d.]+ +\d+ %", bad)
     assert re.fullmatch(r"good +torch +2 +right +[\d.]+ +[\d.]+ +\d+ %", good)
@@ -116,6 +116,27 @@ def test_every_kernel_of_the_registry_is_right_here():
     assert [k.name for k in found.kernels] == plugins.names("kernels")
     assert {k.name: k.wrong for k in found.kernels if k.wrong} == {}
     assert all(k.cases and k.seconds > 0 and k.gb_per_s > 0 for k in found.kernels)
+    for k in found.kernels:
+        assert k.percent_of_peak == pytest.approx(100 * k.gb_per_s / found.peak_gb_per_s)
+
+
+def test_where_no_maker_is_known_the_peak_is_that_of_a_copy(kernels, monkeypatch):
+    monkeypatch.setattr(module, "peak", lambda _: None)
+    copied, plain = [], torch.Tensor.copy_
+
+    def copy(y, x):
+        copied.append(x.nbytes)
+        return plain(y, x)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(module, "_COPIED", 1 << 20)
+    monkeypatch.setattr(module, "_seconds", lambda call, _: call() is None or 1e-3)
+    kernels["good"] = kernel(double, double)
+    found = self_test()
+    # read and written, of a millisecond
+    assert found.peak_gb_per_s == pytest.approx(2 * (1 << 20) / 1e-3 / 1e9)
+    assert (copied, found.peak_is) == ([1 << 20], "of a copy here")
+    assert found.kernels[0].percent_of_peak > 0
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def _text(found: Diagnosis, tested: SelfTest | None) -> str:
 def _kernels(tested: SelfTest) -> list[str]:
     rows = [("kernels", "form", "cases", "result", "ms", "GB/s", "of peak")]
     for k in tested.kernels:
-        share = "" if k.percent_of_peak is None else f"{k.percent_of_peak:.0f} %"
-        result = "WRONG" if k.wrong else "right"
+        share, result = f"{k.percent_of_peak:.0f} %", "WRONG" if k.wrong else "right"
         speed = f"{1000 * k.seconds:.3f}", f"{k.gb_per_s:.1f}"
         rows.append((k.name, k.form, str(k.cases), result, *speed, share))
-    return [f"self-test on {tested.device}", *table(rows)]
+    peak = f"{tested.peak_gb_per_s:.1f} GB/s, {tested.peak_is}"
+    return [f"self-test on {tested.device}, whose peak is {peak}", *table(rows)]

@@ -8,7 +8,8 @@ import triton.language as tl
 from lorasurgery.kernels._nf4_triton import bfloat_bits, code_of, largest_of, normalized
 from lorasurgery.kernels._tuning import Config
 
-# WEIGHTS of a program, or a block's if that has more
+# WEIGHTS of a program, or a block's if that has more. With the 32 a thread that fill a load of 128 bits of codes,
+# the sums of B A take 252 registers and more, and spill: neighbouring threads' loads make whole lines all the same
 MERGE = (
     Config(WEIGHTS=512, num_warps=4),
     Config(WEIGHTS=2048, num_warps=8),

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -37,7 +37,10 @@ def run(e: Data, of_e: Data, of_a: Data, of_b: Data, budget: int) -> tuple[Data,
             f"adalora_budget: E and scores are {shapes} of {', '.join(sorted(kinds))} with a budget "
             f"of {budget}, but four flat float32 of one size and at least 0 are needed. Convert them."
         )
-    result: tuple[Data, Data] = dispatch(cpu, launch, *arrays, budget)
+    form: Any = cpu
+    if is_tensor(e):
+        from lorasurgery.kernels._training_ops import adalora_budget as form
+    result: tuple[Data, Data] = form(*arrays, budget)
     return result
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import Data, dispatch, dtype_name, is_tensor
+from lorasurgery.kernels._tensors import Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -45,7 +45,10 @@ def run(
             f"{', '.join(sorted(kinds))} with axis {axis}, but four float32 [rows, cols] of one "
             "shape and axis 0 or 1 are needed. Convert them."
         )
-    result: tuple[Data, Data, Data] = dispatch(cpu, launch, *arrays, axis, beta1, beta2)
+    form: Any = cpu
+    if is_tensor(w):
+        from lorasurgery.kernels._training_ops import adalora_importance as form
+    result: tuple[Data, Data, Data] = form(*arrays, axis, beta1, beta2)
     return result
 
 

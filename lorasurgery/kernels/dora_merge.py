@@ -15,7 +15,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta
 from lorasurgery.kernels._chance import keys, rounded, uniform
-from lorasurgery.kernels._tensors import Data, Dtype, dispatch
+from lorasurgery.kernels._tensors import Data, Dtype, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -43,9 +43,10 @@ def run(
             f"dora_merge: W is {list(w.shape)} and m {list(m.shape)}, but B A is {list(wanted)}. Is "
             "this adapter for another base model?"
         )
-    result: tuple[Data, float, float, float] = dispatch(
-        cpu, reference, w, a, b, m, dtype, seed, offset
-    )
+    form: Any = cpu
+    if is_tensor(w):
+        from lorasurgery.kernels._merge_ops import dora_merge as form
+    result: tuple[Data, float, float, float] = form(w, a, b, m, dtype, seed, offset)
     return result
 
 
@@ -53,7 +54,7 @@ def reference(
     w: Tensor, a: Tensor, b: Tensor, m: Tensor, dtype: Any, seed: int | None = None, offset: int = 0
 ) -> tuple[Tensor, float, float, float]:
     """The formulas above; squares and sums in float64."""
-    wide = w.float()
+    wide = w.float().contiguous()
     v = wide + lora_delta.reference(a, b)
     norm = v.double().square().sum(1).sqrt().float()
     total = (m / (norm + (norm == 0)))[:, None] * v

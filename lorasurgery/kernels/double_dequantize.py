@@ -13,7 +13,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import Data, dispatch, dtype_name, is_tensor
+from lorasurgery.kernels._tensors import Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -51,6 +51,11 @@ def run(q: Data, nested: Data, offset: Any, block: int = 256, table: Any = TABLE
         table: float32 [256], what the codes stand for.
 
     """
+    form: Any = cpu
+    if is_tensor(q):
+        from lorasurgery.kernels._nf4_ops import double_dequantize as form
+
+        offset, table = _on(q, offset), _on(q, table)
     n = q.shape[0] if q.ndim == 1 else -1
     if n < 0 or block < 1 or tuple(nested.shape) != (-(-n // block),):
         raise ShapeError(
@@ -64,7 +69,7 @@ def run(q: Data, nested: Data, offset: Any, block: int = 256, table: Any = TABLE
             f"{list(table.shape)}, but uint8, float32 and float32 [256] are needed. "
             "Restore the file."
         )
-    result: Data = dispatch(cpu, launch, q, nested, offset, block, table)
+    result: Data = form(q, nested, offset, block, table)
     return result
 
 
@@ -103,11 +108,11 @@ def launch(q: Tensor, nested: Tensor, offset: Any, block: int = 256, table: Any 
     return out
 
 
-def _on(q: Tensor, value: Any) -> Tensor:
+def _on(q: Any, value: Any) -> Tensor:
     """An array, a number or a tensor as a float32 tensor beside q."""
     import torch
 
-    tensor = value if is_tensor(value) else torch.tensor(np.asarray(value, np.float32))
+    tensor = value if is_tensor(value) else torch.as_tensor(np.array(value, np.float32))
     return tensor.to(q.device)
 
 

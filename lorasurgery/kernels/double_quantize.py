@@ -18,7 +18,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import Data, dtype_name, is_tensor
 from lorasurgery.kernels.double_dequantize import TABLE
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ def run(absmax: Data, threads: int = THREADS) -> tuple[Data, Data, Any]:
             f"double_quantize: the scales are {dtype_name(absmax.dtype)} {list(absmax.shape)}, "
             "but float32 [n] with some n > 0 is needed. Leave out tensors without elements."
         )
-    result: tuple[Data, Data, Any] = dispatch(cpu, launch, absmax, threads)
+    form: Any = cpu
+    if is_tensor(absmax):
+        from lorasurgery.kernels._nf4_ops import double_quantize as form
+    result: tuple[Data, Data, Any] = form(absmax, threads)
     return result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -34,6 +34,11 @@ class Rates:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
+
+    @property
+    def listed(self) -> list[float]:
+        """As an operator of torch takes them."""
+        return [self.lr, self.ratio, self.beta1, self.beta2, self.eps, self.weight_decay]
 
     def numbers(self, step: int) -> Array:
         """float32 [2, 7], for A and for B: computed in Python's floats, rounded once, as torch does."""
@@ -64,21 +69,20 @@ def run(
 
     """
     _check(w, grad, m, v, split, step)
-    result: tuple[Data, Data, Data] = dispatch(cpu, launch, w, grad, m, v, split, step, rates)
-    return result
+    form: Any = cpu
+    if is_tensor(w):
+        from lorasurgery.kernels._training_ops import stepped as form
+    new: tuple[Data, Data, Data] = form(w, grad, m, v, split, step, rates)
+    return new
 
 
 def update(w: Data, grad: Data, m: Data, v: Data, split: int, step: int, rates: Rates) -> None:
     """The same, over w, m and v themselves, which must be contiguous; raises ShapeError."""
     _check(w, grad, m, v, split, step)
-
-    def cpu_inplace(*args: Any) -> None:
-        _cpu(*args, out=(args[0], args[2], args[3]))
-
-    def gpu_inplace(*args: Any) -> None:
-        _launch(*args, out=(args[0], args[2], args[3]))
-
-    dispatch(cpu_inplace, gpu_inplace, w, grad, m, v, split, step, rates)
+    form: Any = cpu_inplace
+    if is_tensor(w):
+        from lorasurgery.kernels._training_ops import step_in_place as form
+    form(w, grad, m, v, split, step, rates)
 
 
 def _check(w: Any, grad: Any, m: Any, v: Any, split: int, step: int) -> None:
@@ -123,6 +127,11 @@ def cpu(
     return out
 
 
+def cpu_inplace(w: Array, grad: Array, m: Array, v: Array, *more: Any) -> None:
+    """`update` in numba."""
+    _cpu(w, grad, m, v, *more, out=(w, m, v))
+
+
 def _cpu(
     w: Array, grad: Array, m: Array, v: Array, split: int, step: int, rates: Rates,
     *, out: tuple[Array, ...],
@@ -149,6 +158,11 @@ def launch(
     out = w.new_empty(len(w)), w.new_empty(len(w)), w.new_empty(len(w))
     _launch(w, grad, m, v, split, step, rates, out=out)
     return out
+
+
+def launch_inplace(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, *more: Any) -> None:
+    """`update` in Triton."""
+    _launch(w, grad, m, v, *more, out=(w, m, v))
 
 
 def _launch(

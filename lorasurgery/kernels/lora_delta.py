@@ -12,7 +12,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def run(a: Data, b: Data) -> Data:
     """a float32 [r, cols], b float32 [rows, r] -> float32 [rows, cols]; raises ShapeError."""
     check(a, b, "lora_delta")
-    result: Data = dispatch(cpu, reference, a, b)
+    form: Any = cpu
+    if is_tensor(a):
+        from lorasurgery.kernels._merge_ops import lora_delta as form
+    result: Data = form(a, b)
     return result
 
 

@@ -15,7 +15,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta
 from lorasurgery.kernels._chance import keys, rounded, uniform
-from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -46,7 +46,10 @@ def run(
             raise ShapeError(
                 f"lora_merge: {kind} is not one of {', '.join(FLOATS)}. Convert the weight first."
             )
-    result: tuple[Data, float, float, float] = dispatch(cpu, launch, w, a, b, dtype, seed, offset)
+    form: Any = cpu
+    if is_tensor(w):
+        from lorasurgery.kernels._merge_ops import lora_merge as form
+    result: tuple[Data, float, float, float] = form(w, a, b, dtype, seed, offset)
     return result
 
 

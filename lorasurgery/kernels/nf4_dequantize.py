@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -29,6 +29,7 @@ NF4 = np.array([
 NF4.flags.writeable = False
 
 MAX_BLOCK = 4096
+LEAST = 1 << 20  # weights that are worth a thread of their own: more than an operation's tile has
 
 
 def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data) -> Data:
@@ -50,7 +51,10 @@ def run(codes: Data, absmax: Data, block: int, n: int, dtype: Dtype, table: Data
             f"nf4_dequantize: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. "
             "Choose one of them."
         )
-    result: Data = dispatch(cpu, launch, codes, absmax, block, n, dtype, table)
+    form: Any = cpu
+    if is_tensor(codes):
+        from lorasurgery.kernels._nf4_ops import nf4_dequantize as form
+    result: Data = form(codes, absmax, block, n, dtype, table)
     return result
 
 
@@ -101,12 +105,20 @@ def reference(
 
 
 def cpu(codes: Array, absmax: Array, block: int, n: int, dtype: Any, table: Array) -> Array:
-    """The same in numba."""
+    """The same in numba, spans of whole blocks over threads."""
     from lorasurgery.kernels._floats import source, target
     from lorasurgery.kernels._nf4_cpu import dequantize
+    from lorasurgery.kernels._threads import over_rows
 
     out = np.empty(n, dtype)
-    dequantize(source(codes), source(absmax), block, pairs(table.tobytes()), target(out))
+    packed, scales, both, into = source(codes), source(absmax), pairs(table.tobytes()), target(out)
+
+    def part(start: int, stop: int) -> None:
+        first, last = start * block, min(stop * block, n)
+        here = packed[first // 2 : -(-last // 2)], scales[start:stop]
+        dequantize(*here, block, both, into[first:last])
+
+    over_rows(part, len(scales), LEAST // block)
     return out
 
 

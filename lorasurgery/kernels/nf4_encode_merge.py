@@ -15,7 +15,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta, lora_merge, nf4_dequantize, nf4_quantize
 from lorasurgery.kernels._chance import keys
-from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_decode_merge import rows_at_a_time
 from lorasurgery.kernels.nf4_dequantize import NF4
 
@@ -55,9 +55,10 @@ def run(
             f"nf4_encode_merge: the scales to keep are {dtype_name(absmax.dtype)} "
             f"{list(absmax.shape)}, but float32 [{blocks}] are needed. Check the block size."
         )
-    result: tuple[Data, Data, float, float, float] = dispatch(
-        cpu, launch, w, block, a, b, absmax, seed, offset
-    )
+    form: Any = cpu
+    if is_tensor(w):
+        from lorasurgery.kernels._merge_ops import nf4_encode_merge as form
+    result: tuple[Data, Data, float, float, float] = form(w, block, a, b, absmax, seed, offset)
     return result
 
 

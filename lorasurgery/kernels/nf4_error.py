@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import nf4_dequantize, nf4_quantize
-from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -33,7 +33,10 @@ def run(flat: Data, codes: Data, absmax: Data, block: int) -> tuple[float, float
             f"{', '.join(FLOATS)} are needed. Flatten or convert it."
         )
     nf4_dequantize.check(flat.shape[0], codes, absmax, block, "nf4_error")
-    result: tuple[float, float, float] = dispatch(cpu, reference, flat, codes, absmax, block)
+    form: Any = cpu
+    if is_tensor(flat):
+        from lorasurgery.kernels._nf4_ops import nf4_error as form
+    result: tuple[float, float, float] = form(flat, codes, absmax, block)
     return result
 
 

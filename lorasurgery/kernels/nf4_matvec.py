@@ -15,7 +15,7 @@ import numpy as np
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import nf4_dequantize
-from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -43,7 +43,10 @@ def run(x: Data, codes: Data, absmax: Data, block: int, rows: int, table: Data) 
         )
     nf4_dequantize.check(rows * x.shape[1], codes, absmax, block, "nf4_matvec")
     nf4_dequantize.check_table(table, "nf4_matvec")
-    result: Data = dispatch(cpu, reference, x, codes, absmax, block, rows, table)
+    form: Any = cpu
+    if is_tensor(x):
+        from lorasurgery.kernels._nf4_ops import nf4_matvec as form
+    result: Data = form(x, codes, absmax, block, rows, table)
     return result
 
 

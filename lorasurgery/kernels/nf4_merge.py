@@ -15,7 +15,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta, nf4_dequantize, nf4_quantize
 from lorasurgery.kernels._chance import keys
-from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -48,8 +48,11 @@ def run(
         raise ShapeError(
             f"nf4_merge: {dtype_name(dtype)} is not one of {', '.join(FLOATS)}. Choose one of them."
         )
-    result: tuple[Data, Data, float, float, float] = dispatch(
-        cpu, launch, codes, absmax, block, a, b, dtype, keep, seed, offset
+    form: Any = cpu
+    if is_tensor(codes):
+        from lorasurgery.kernels._merge_ops import nf4_merge as form
+    result: tuple[Data, Data, float, float, float] = form(
+        codes, absmax, block, a, b, dtype, keep, seed, offset
     )
     return result
 

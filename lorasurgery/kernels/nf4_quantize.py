@@ -15,7 +15,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import nf4_dequantize
 from lorasurgery.kernels._chance import keys, uniform
-from lorasurgery.kernels._tensors import FLOATS, Data, dispatch, dtype_name
+from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -57,7 +57,10 @@ def run(
             f"{list(absmax.shape)}, but {n} weights in blocks of {block} have float32 [{blocks}]. "
             "Check the block size."
         )
-    result: tuple[Data, Data] = dispatch(cpu, launch, flat, block, absmax, seed, offset)
+    form: Any = cpu
+    if is_tensor(flat):
+        from lorasurgery.kernels._nf4_ops import nf4_quantize as form
+    result: tuple[Data, Data] = form(flat, block, absmax, seed, offset)
     return result
 
 
@@ -89,18 +92,25 @@ def reference(
 def cpu(
     flat: Array, block: int, absmax: Array | None = None, seed: int | None = None, offset: int = 0
 ) -> tuple[Array, Array]:
-    """The same in numba, in one pass."""
+    """The same in numba, in one pass, spans of whole blocks over threads."""
     from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._nf4_cpu import quantize, quantize_by_chance
+    from lorasurgery.kernels._threads import over_rows
 
-    keep = absmax is not None
-    scales = np.empty(-(-len(flat) // block), np.float32) if absmax is None else absmax.copy()
-    codes = np.empty(-(-len(flat) // 2), np.uint8)
-    if seed is None:
-        quantize(source(flat), block, MIDDLES, keep, scales, codes)
-    else:
-        chance = (*keys(seed), np.uint64(offset))
-        quantize_by_chance(source(flat), block, LEVELS, keep, scales, codes, chance)
+    n, keep, w = len(flat), absmax is not None, source(flat)
+    scales = np.empty(-(-n // block), np.float32) if absmax is None else absmax.copy()
+    codes = np.empty(-(-n // 2), np.uint8)
+
+    def part(start: int, stop: int) -> None:
+        first, last = start * block, min(stop * block, n)
+        here, out = scales[start:stop], codes[first // 2 : -(-last // 2)]
+        if seed is None:
+            quantize(w[first:last], block, MIDDLES, keep, here, out)
+        else:
+            chance = (*keys(seed), np.uint64(offset + first))
+            quantize_by_chance(w[first:last], block, LEVELS, keep, here, out, chance)
+
+    over_rows(part, len(scales), nf4_dequantize.LEAST // block)
     return codes, scales
 
 
@@ -116,7 +126,7 @@ def launch(
     n, device, flat = len(flat), flat.device, flat.contiguous()
     codes, table = torch.empty(-(-n // 2), dtype=torch.uint8, device=device), _table(device)
     keep = absmax is not None
-    scales = torch.empty(-(-n // block), device=device) if absmax is None else absmax.contiguous()
+    scales = torch.empty(-(-n // block), device=device) if absmax is None else absmax.clone()
     k1, k2 = map(int, keys(seed or 0))
 
     def start(config: Config) -> None:
