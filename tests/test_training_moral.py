@@ -16,7 +16,7 @@ from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.adapters import moral as variant
 from lorasurgery.cli.app import app
-from lorasurgery.errors import UsageError
+from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.training.adapted import AdaptedLinear
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.batches import Batch
@@ -182,6 +182,19 @@ def test_layers_of_a_block_have_the_gates_that_its_input_chose(base):
     assert [name for name, _ in mlp.named_parameters() if "router" in name] == [
         "gate_proj.factors.router"
     ]
+
+
+def test_a_layer_that_is_run_before_the_first_of_its_block_has_no_gates(base):
+    mlp = begin(base, options("moral")).trainer.parts.model.model.layers[1].mlp
+    message = (
+        "model.layers.1.mlp.gate_proj: has the router of its block, but another layer is run before it, or on "
+        "other tokens. Train with --router linear."
+    )
+    for _ in range(2):
+        with pytest.raises(MatchError) as error:
+            mlp.down_proj(torch.randn(5, 48))
+        assert str(error.value) == message
+        mlp.gate_proj(torch.randn(4, 32))
 
 
 def test_each_layer_may_have_a_router_of_its_own(base, tmp_path):
