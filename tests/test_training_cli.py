@@ -108,6 +108,7 @@ UNMEANT = {
     ("--beta2", "1"): "--beta2 1: is out of range. Pass 0 or more, below 1.",
     ("--alpha", "nan"): "--alpha nan: is out of range. Pass 0 or more, below inf.",
     ("--seed", "-1"): "--seed -1: is out of range. Pass 0 or more, below 9.22337e+18.",
+    ("--eval-data", "/nowhere"): "/nowhere: no such file or directory. Check the path of --eval-data.",
     ("--dialect", "nope"): "dialects: no 'nope'. Did you mean 'peft'?",
     ("--layers", "99"): "--target-modules: no module in layers 99 is named by all-linear. Known: down_proj, "
     "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",

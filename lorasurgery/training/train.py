@@ -98,7 +98,8 @@ def _begun(output: Path, plan: str, how: RunOptions) -> Report | None:
 
 
 def _files(options: TrainOptions) -> list[Path]:
-    return [path for text in (*options.data, *options.held.data) for path in files(text)]
+    held = [path for text in options.held.data for path in files(text, "--eval-data")]
+    return [*(path for text in options.data for path in files(text)), *held]
 
 
 def _identity(inputs: Mapping[str, Path], options: TrainOptions) -> str:
