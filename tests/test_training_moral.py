@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -195,6 +196,38 @@ def test_a_layer_that_is_run_before_the_first_of_its_block_has_no_gates(base):
             mlp.down_proj(torch.randn(5, 48))
         assert str(error.value) == message
         mlp.gate_proj(torch.randn(4, 32))
+
+
+def test_where_routers_say_nothing_the_mean_mixture_merges_into_what_runs_beside(base, tmp_path):
+    own = moral.Options(experts=2, top_k=2)
+    run(base, tmp_path / "out", options("moral", own=own, rate=2e-2))
+    file = tmp_path / "out" / "adapter.safetensors"
+    held = load_file(file)
+    held = {n: torch.zeros_like(f) if n.endswith("router") else f for n, f in held.items()}
+    save_file(held, file, {"format": "pt"})
+    mixed = (
+        "convert",
+        tmp_path / "out",
+        "-o",
+        tmp_path / "lora",
+        "--mixture",
+        "mean",
+        "--gates",
+        "uniform",
+    )
+    for call in (
+        (*mixed, "--dialect", "peft"),
+        ("merge", base, tmp_path / "lora", "-o", tmp_path / "merged"),
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in call])
+        assert result.exit_code == 0, result.stderr
+    beside, merged, plain = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (base, tmp_path / "merged", base)
+    )
+    add_adapter(beside, base, tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(beside), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits(plain), logits(beside), atol=1e-3)
 
 
 def test_each_layer_may_have_a_router_of_its_own(base, tmp_path):
