@@ -70,6 +70,16 @@ def test_lora_plus_takes_magnitudes_and_heads_at_the_rate_of_a(base, tmp_path):
     assert config["use_dora"] is True
 
 
+def test_a_ratio_below_1_is_done_and_remarked(base, tmp_path):
+    call = ("train", base, "--data", TEXT, "-m", "lora+", *SHORT, "--ratio")
+    half = surgery(*call, 0.5, "-o", tmp_path / "half")
+    assert half.exit_code == 0
+    assert half.stderr == (
+        "note: --ratio: is below 1, so that B learns more slowly than A: LoRA+ is the opposite.\n"
+    )
+    assert surgery(*call, 2, "-o", tmp_path / "two").stderr == ""
+
+
 def test_a_dry_run_counts_and_writes_nothing(base, tmp_path):
     said = done("train", base, "--data", TEXT, "--dry-run", "--json", "--method", "dora", *SHORT)
     total = json.loads(said)["total"]

@@ -152,7 +152,8 @@ class _Run:
         trainer = self.prepared.trainer
         trainer.take_best()
         trainer.parts.hooks.finish()
-        return replace(report, total={**report.total, **self._figures()}, results=self._told())
+        total, notes = {**report.total, **self._figures()}, tuple(trainer.parts.hooks.notes())
+        return replace(report, total=total, results=self._told(), notes=(*report.notes, *notes))
 
     def _left(self, output: Output, saved: Path) -> str:
         kept = state.load(saved).step
