@@ -70,6 +70,16 @@ def test_lora_plus_takes_magnitudes_and_heads_at_the_rate_of_a(base, tmp_path):
     assert config["use_dora"] is True
 
 
+def test_a_ratio_below_1_is_done_and_remarked(base, tmp_path):
+    call = ("train", base, "--data", TEXT, "-m", "lora+", *SHORT, "--ratio")
+    half = surgery(*call, 0.5, "-o", tmp_path / "half")
+    assert half.exit_code == 0
+    assert half.stderr == (
+        "note: --ratio: is below 1, so that B learns more slowly than A: LoRA+ is the opposite.\n"
+    )
+    assert surgery(*call, 2, "-o", tmp_path / "two").stderr == ""
+
+
 def test_a_dry_run_counts_and_writes_nothing(base, tmp_path):
     said = done("train", base, "--data", TEXT, "--dry-run", "--json", "--method", "dora", *SHORT)
     total = json.loads(said)["total"]
@@ -108,6 +118,7 @@ UNMEANT = {
     ("--beta2", "1"): "--beta2 1: is out of range. Pass 0 or more, below 1.",
     ("--alpha", "nan"): "--alpha nan: is out of range. Pass 0 or more, below inf.",
     ("--seed", "-1"): "--seed -1: is out of range. Pass 0 or more, below 9.22337e+18.",
+    ("--eval-data", "/nowhere"): "/nowhere: no such file or directory. Check the path of --eval-data.",
     ("--dialect", "nope"): "dialects: no 'nope'. Did you mean 'peft'?",
     ("--layers", "99"): "--target-modules: no module in layers 99 is named by all-linear. Known: down_proj, "
     "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from dataclasses import replace
 
@@ -58,6 +59,10 @@ def test_lora_fa_keeps_at_most_a_twentieth_of_what_lora_keeps_for_its_adapter(ba
     assert fa["saved_bytes_of_lora_adapter"] == lora["saved_bytes_of_adapter"]
     assert fa["saved_bytes_of_base"] == lora["saved_bytes_of_base"]
     assert fa["saved_bytes"] <= 0.8 * lora["saved_bytes"]
+    assert fa["saved_share"] == fa["saved_bytes"] / lora["saved_bytes"]
+    own, theirs = (of["saved_bytes_of_adapter"] for of in (fa, lora))
+    assert fa["saved_share_of_adapter"] == own / theirs
+    assert "saved_share" not in lora
 
 
 def test_what_lora_keeps_is_each_input_that_the_base_does_not_keep_and_its_own_product(base):
@@ -97,8 +102,30 @@ def test_a_report_changes_no_bit_of_the_run(base, tmp_path):
     assert total == {**plain, **told}
     assert told.keys() == {
         "saved_bytes", "saved_bytes_of_base", "saved_bytes_of_adapter", "saved_bytes_as_lora",
-        "saved_bytes_of_lora_adapter",
+        "saved_bytes_of_lora_adapter", "saved_share", "saved_share_of_adapter",
     }  # fmt: skip
+
+
+def test_it_is_told_as_a_table(base):
+    flags = (
+        "-m",
+        "lora-fa",
+        "--steps",
+        2,
+        "--batch",
+        2,
+        "--length",
+        48,
+        "--device",
+        "cpu",
+        "--mem-report",
+    )
+    said = done("train", base, "--data", TEXT, "--dry-run", *flags)
+    titles = [re.split(r"\s{2,}", line.strip())[0] for line in said.splitlines()]
+    assert titles[4:-1] == [
+        "kept for backward", "by the base alone", "for the adapter", "with A and B trained", "for that adapter",
+        "kept, of what LoRA keeps", "for the adapter",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "moral", "delta-lora"])
