@@ -149,6 +149,25 @@ def test_the_nearest_lora_of_a_dora_is_as_near_as_it_says(
     assert last < 1e-5
 
 
+def test_a_dora_becomes_a_lora_with_scaled_rows_exactly(
+    old: Path, lora: Path, tmp_path: Path
+) -> None:
+    start, out = dora(old, lora, tmp_path / "dora"), tmp_path / "out"
+    ask = ("convert", start, "-o", out, "--to", "lora_rowscale")
+    assert fails(*ask) == (
+        2,
+        "convert: dora to lora_rowscale depends on the weights that are changed. Pass --base DIR.",
+    )
+    found = facts(*ask, "--base", old)
+    assert found["total"]["exact_modules"] == found["total"]["modules"] == 6
+    assert {m["rank"] for m in found["tensors"].values()} == {3}
+    assert error(old, out, start) < 1e-6
+    # what is cut goes through LoRA: the nearest of that rank
+    cut = facts(*ask, "--base", old, "--rank", 2, "--overwrite")["total"]["relative_error"]
+    assert error(old, out, start) == pytest.approx(cut, rel=1e-3)
+    assert cut > 0.01
+
+
 def test_the_stated_error_is_that_of_the_whole_svd(old: Path, lora: Path, tmp_path: Path) -> None:
     start, out = dora(old, lora, tmp_path / "dora"), tmp_path / "out"
     found = facts("convert", start, "-o", out, "--base", old, "--rank", 4, "--exact")
@@ -246,11 +265,12 @@ def test_explain_asks_every_variant() -> None:
         "to_lora": "exact at rank 2r", "from_lora": "exact, of the base",
     }  # fmt: skip
     assert found["ia3"]["from_lora"] == "no factors do"
+    assert found["lora_rowscale"]["from_dora"] == "exact, of the base"
     code, stdout, _ = cli("convert", "--explain")
     assert code == 0
     assert stdout.splitlines()[-1] == (
-        "One variant becomes another by way of lora. Of a start that took something out of the base (CorDA, "
-        "LoftQ), --init or --residual tells what."
+        "One variant becomes another by way of lora; dora becomes lora_rowscale without it, exactly. Of a start "
+        "that took something out of the base (CorDA, LoftQ), --init or --residual tells what."
     )
 
 
