@@ -192,10 +192,9 @@ def test_maps_that_name_nothing_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        (("merge", "{base}", "{adapter}", "--undo", "u"), "--undo"),
         (("merge", "{base}", "{adapter}", "--dtype", "float16"), "--dtype"),
         (("merge", "{base}", "{adapter}", "--requantize", "rtn"), "--requantize"),
-        (("unmerge", "{base}", "{adapter}", "--undo", "u"), "--undo"),
+        (("unmerge", "{base}", "{adapter}", "--tied", "untie"), "--tied"),
         (("quantize", "{base}", "--no-double-quant"), "--no-double-quant"),
         (("quantize", "{base}", "--resume"), "--resume"),
     ],
