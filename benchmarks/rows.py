@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import adapter_rows, train_rows
+from benchmarks import adapter_rows, export_rows, train_rows
 from benchmarks.processes import run
 from benchmarks.racing import OURS, PEERS, Contender, Row, Setting, Side, alternate, compare
 
@@ -128,4 +128,6 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "adalora-kernel": adapter_rows.adalora_in_process, "prune": prune, "extract": extract,
     "extract-files": adapter_rows.extract_files, "help": help_, "inspect": inspect,
     "lora": train_rows.lora, "qlora": train_rows.qlora, "paged": train_rows.paged,
+    "export-int4": export_rows.export_int4, "decode-int4": export_rows.decode_int4,
+    "decode-nf4": export_rows.decode_nf4,
 }  # fmt: skip
