@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
 # what baking mends, or what is judged by site
-_MENDED = ("rsLoRA", "alpha_pattern", "rank_pattern", "DoRA", "other variants")
+_MENDED = ("rsLoRA", "alpha_pattern", "rank_pattern", "DoRA", "IA3", "other variants")
 # what the caller has refused or allowed before
 _DECIDED = ("parts that are not understood",)
 

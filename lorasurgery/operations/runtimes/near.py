@@ -26,10 +26,14 @@ class Near:
     lost: Mapping[int, Mapping[str, float]]
 
 
+# variants that have claims of their own
+NAMES = {"dora": "DoRA", "ia3": "IA3"}
+
+
 def reads(runtime: str, variant: str) -> bool:
     """Whether a runtime reads a variant in the layout that is written for it."""
     known = runtime_of(runtime)
-    claim = known.claims.get("DoRA" if variant == "dora" else "other variants")
+    claim = known.claims.get(NAMES.get(variant, "other variants"))
     held = plugins.load("dialects", known.layouts[0]).VARIANTS
     return variant == "lora" or (variant in held and claim is not None and claim.verdict == "ok")
 
