@@ -164,7 +164,7 @@ def test_every_claim_is_of_a_feature_and_names_its_source_and_versions():
         lora("a", 4, 6), lora("b", 4, 6), lora("c", 4, 6, AdapterConfig("lora", 2, 1.0, rank_stabilized=True)),
         lora("d", 4, 6, AdapterConfig("dora", 3, 6.0)), replace(lora("e", 4, 6), kernel=(1,)),
         lora("f", 4, 6, layout="embedding"), lora("g", 4, 6, layout="parameter"),
-        lora("h", 4, 6, AdapterConfig("vera", 3, 6.0)),
+        lora("h", 4, 6, AdapterConfig("vera", 3, 6.0)), lora("j", 4, 6, AdapterConfig("ia3", 1, 1.0)),
         replace(lora("i.experts", 4, 6, layout="parameter"), parameter="down_proj"),
         lora("i.experts.1.down_proj", 4, 6),
     ]  # fmt: skip

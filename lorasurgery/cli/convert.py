@@ -150,13 +150,13 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        given = (rank, energy, bake_scale, uniform_rank, ranks_allowed, projections, experts)
+        given = (energy, bake_scale, uniform_rank, ranks_allowed, projections, experts)
         others = (mixture, gates, init, residual, calibrating.calibrate)
         if writing.dialect or any((*given, *others)):
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
-        fitting = FitOptions(runtime, resolve(base) if base else None, allowed, form)
+        fitting = FitOptions(runtime, resolve(base) if base else None, allowed, form, rank)
         carry_out(
             lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
         )

@@ -84,6 +84,7 @@ _LAST = {
 _EXPERTS_SINCE = "vllm-project/vllm#29222 (2025-11)"
 _GGUF = "ggml-org/llama.cpp#8332 (2024-07)"
 _ONE_SCALE = "it reads r and lora_alpha, and scales every module by the one alpha / r"
+_NO_PAIR = "a tensor that is no lora_A or lora_B is an unsupported LoRA weight"
 _UNEXPECTED = "its converter stops at a tensor that is no lora_A or lora_B"
 
 
@@ -117,10 +118,8 @@ RUNTIMES: Mapping[str, Runtime] = {
                 "0214369; vllm-project/vllm#47395 would read it",
             ),
             "modules_to_save": _rejected("modules_to_save must be null", _VLLM),
-            "other variants": _rejected(
-                "a tensor that is no lora_A or lora_B is an unsupported LoRA weight",
-                _VLLM_UTILS,
-            ),
+            "IA3": _rejected(_NO_PAIR, _VLLM_UTILS),
+            "other variants": _rejected(_NO_PAIR, _VLLM_UTILS),
             ONE_BY_ONE: _ok("a matrix for each expert is what most models' classes pack", _VLLM_EXPERTS, _EXPERTS_SINCE),
             STACKED: _rejected(
                 "this model's class has no is_3d_moe_weight, and asserts a list of experts",
@@ -147,6 +146,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             ),
             "alpha_pattern": _silent(_ONE_SCALE, _SGLANG, by_scale=True),
             "rank_pattern": _silent(_ONE_SCALE, _SGLANG, by_scale=True),
+            "IA3": _rejected("peft_type must be lora", _SGLANG),
             "other variants": _rejected("peft_type must be lora", _SGLANG),
             "layout": _rejected("it reads adapter_config.json", _SGLANG_CONFIG),
         },
@@ -159,6 +159,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             "alpha_pattern": _silent("one alpha is written for all tensors", _LLAMA),
             "rank_pattern": _ok("each tensor is scaled by alpha / its own rank", _LLAMA_RUN, _GGUF),
             "DoRA": _rejected(_UNEXPECTED, _LLAMA),
+            "IA3": _rejected(_UNEXPECTED, _LLAMA),
             "other variants": _rejected(_UNEXPECTED, _LLAMA),
             "modules_to_save": _rejected(_UNEXPECTED, _LLAMA),
             "bias": _rejected(_UNEXPECTED, _LLAMA),
@@ -197,7 +198,10 @@ RUNTIMES: Mapping[str, Runtime] = {
             "rank_pattern": _ok("each module is scaled by its own alpha / r", _KOHYA),
             "convolutions": _ok("lora_down has the kernel", _KOHYA),
             "DoRA": _ok("LyCORIS reads it", _LYCORIS),
-            "other variants": _ok("LyCORIS reads LoHa and LoKr", _LYCORIS),
+            "IA3": _rejected("LyCORIS' loader gives it an argument too many", _LYCORIS),
+            "other variants": _ok(
+                "LyCORIS reads LoHa, LoKr, GLoRA, OFT of outputs and whole differences", _LYCORIS
+            ),
         },
     ),
     "peft": Runtime(
@@ -207,7 +211,7 @@ RUNTIMES: Mapping[str, Runtime] = {
                 feature: _ok("its own", _PEFT)
                 for feature in (
                     "rsLoRA", "alpha_pattern", "rank_pattern", "DoRA", "modules_to_save", "bias",
-                    "lora_bias", "embeddings", "target_parameters", "other variants", "convolutions",
+                    "lora_bias", "embeddings", "target_parameters", "IA3", "other variants", "convolutions",
                     STACKED, ONE_BY_ONE, SOME,
                 )
             },
