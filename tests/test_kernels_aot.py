@@ -118,3 +118,13 @@ def test_compiling_a_sample_again_gives_what_is_kept():
     assert len(pairs) == 3 * len(CHIPS)
     for fresh, kept in pairs:
         assert fresh == kept
+
+
+def test_a_layer_s_codes_are_loaded_by_128_bits_in_the_machine_code_too(rows):
+    """A layout allows it, and a mask may forbid it."""
+    layers = [r for r in rows if r["label"] == "nf4_dequantize"]
+    for row in layers:
+        where = f"{row['chip']} {row['constants']}: {row['code']}"
+        assert row["code"]["wide"] == 128, where
+    # each chip in each of three configurations
+    assert len(layers) == len(CHIPS) * 3

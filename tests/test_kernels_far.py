@@ -62,7 +62,7 @@ def test_nf4_is_found_beyond_two_billion(monkeypatch):
     codes[-2:], absmax[-1] = torch.tensor([0xF0, 0x0F]), 2.0
     last_program(
         monkeypatch, _nf4_triton.dequantize, (n // size,), codes, absmax, TABLE.to(DEVICE), out, n,
-        BLOCK=64, BFLOAT=False, SIZE=size,
+        n // 2, BLOCK=64, BFLOAT=False, SIZE=size,
     )  # fmt: skip
     assert out[-4:].tolist() == [2, -2, -2, 2]
     again, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)

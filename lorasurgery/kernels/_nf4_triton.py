@@ -105,12 +105,13 @@ def quantize(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def dequantize(  # type: ignore[no-untyped-def]
-    codes, absmax, table, out, n, BLOCK: tl.constexpr, BFLOAT: tl.constexpr, SIZE: tl.constexpr
-):
+    codes, absmax, table, out, n, half,
+    BLOCK: tl.constexpr, BFLOAT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """SIZE weights a program; a bfloat16 output comes as int16."""
     first = tl.program_id(0).to(tl.int64) * SIZE
     byte = first // 2 + tl.arange(0, SIZE // 2)  # [SIZE / 2]
-    packed = tl.load(codes + byte, mask=2 * byte < n, other=0).to(tl.int32)
+    packed = tl.load(codes + byte, mask=byte < half, other=0).to(tl.int32)
     w = tl.interleave(tl.load(table + (packed >> 4)), tl.load(table + (packed & 15)))
     if BLOCK >= SIZE:
         x = w * tl.load(absmax + first // BLOCK)
