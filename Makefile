@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.lorasurgery-ready
 
-.PHONY: demo test lint types bench kernels format clean
+.PHONY: demo test lint types bench kernels train-135m saved-activations format clean
 
 demo: $(READY)
 	$(BIN)/python -m demo.run
@@ -30,6 +30,14 @@ bench: $(READY)
 # for GPUs that need not be here: registers, spills, instructions, computed times
 kernels: $(READY)
 	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# some minutes: every method on SmolLM2-135M for a few steps
+train-135m: $(READY)
+	$(BIN)/python -m benchmarks.train_135m $(ARGS)
+
+# what LoRA and LoRA-FA keep for the backward pass
+saved-activations: $(READY)
+	$(BIN)/python -m benchmarks.saved_activations $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

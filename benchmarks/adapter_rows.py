@@ -10,6 +10,8 @@ from benchmarks.make_adapter import RANK
 from benchmarks.processes import run
 from benchmarks.racing import OURS, PEERS, Contender, Row, Setting, Side, alternate
 
+ONCE = 1  # a peer takes minutes, tens of times what we take: more runs would say the same
+
 
 def convert_vera(setting: Setting) -> Row:
     """File to file, whole processes; the peer takes a whole SVD of each change."""
@@ -28,7 +30,7 @@ def convert_vera(setting: Setting) -> Row:
             theirs,
         ),
     )
-    row = alternate(f"VeRA to LoRA, {setting.size}, file to file", contenders, setting.repeats)
+    row = alternate(f"VeRA to LoRA, {setting.size}, file to file", contenders, ONCE)
     compare_adapters(ours, theirs)
     return row
 
@@ -66,7 +68,7 @@ def extract_files(setting: Setting) -> Row:
         ),
     )  # fmt: skip
     name = f"extract a LoRA of rank {rank}, {setting.size}, file to file"
-    row = alternate(name, contenders, setting.repeats)
+    row = alternate(name, contenders, ONCE)
     errors = compare_adapters(ours, theirs, base, tuned)
     said = " and ".join(f"{100 * error:.2f} %" for error in errors)
     return Row(f"{name} (errors {said})", row.sides)

@@ -22,7 +22,7 @@ class Part:
     """The share of a parameter that one stored tensor holds.
 
     `expert`: the tensor is one expert's; None for a plain weight, or a whole stack.
-    `rows`: which rows of that expert's matrix it holds; None for all.
+    `rows`: which rows of that expert's matrix, as it is stored, it holds; None for all.
     """
 
     tensor: str

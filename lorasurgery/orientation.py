@@ -1,4 +1,8 @@
-"""Whether a weight is stored [out, in] or turned: its shape tells, and where it is square, the architecture."""
+"""Whether a weight is stored [out, in] or turned: its shape tells, and where it is square, the architecture.
+
+PEFT before 0.19 took every stack of experts for [experts, in, out], so that older factors are of the transpose
+of an [experts, out, in]; where W is square, factors are taken for what they should be.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import Site
 from lorasurgery.layouts import CONV1D, TURNED_EXPERTS
-from lorasurgery.naming import Part
+from lorasurgery.naming import Names, Part
 from lorasurgery.problems import Problem
 
 if TYPE_CHECKING:
     from lorasurgery.model import Model
 
 
+def parts_of(model: Model, names: Names, name: str, site: Site) -> list[Part]:
+    """Where a site's parameter is stored: the rows of each expert's matrices are told from their shapes."""
+    out, in_ = site.size
+    found = [names.parts(name, out or 0, site.experts)]
+    if site.layout == "experts":
+        found.append(names.parts(name, in_ or 0, site.experts))
+    fitting = (p for p in found if p and orientation(model, site, p[0]) is not None)
+    return next(fitting, found[0] or found[-1])
+
+
 def orientation(model: Model, site: Site, part: Part) -> bool | None:
     """Whether W is stored turned, [in, out]; None if the factors fit neither way."""
     info = model.weights.info(part.tensor)
     out, in_ = site.size
-    if part.rows is not None:
-        out = part.rows[1] - part.rows[0]
     stack = site.layout == "experts" and part.expert is None
     if stack and (len(info.shape) != 3 or info.shape[0] != site.experts):
         return None
@@ -30,8 +42,9 @@ def orientation(model: Model, site: Site, part: Part) -> bool | None:
         columns = info.numel // max(1, rows)
     if site.layout == "channels":
         columns = info.shape[1] if len(info.shape) > 1 else 1
-    straight = out in (None, rows) and in_ in (None, columns)
-    turned = out in (None, columns) and in_ in (None, rows)
+    some = None if part.rows is None else part.rows[1] - part.rows[0]
+    straight = (some or out) in (None, rows) and in_ in (None, columns)
+    turned = out in (None, columns) and (some or in_) in (None, rows)
     if straight and turned:
         return _turned_by_name(model.config, site)
     if turned and not _may_turn(model.config, site):

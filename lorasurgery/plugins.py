@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
+from functools import cache
 from types import ModuleType
 
 from lorasurgery.errors import UnknownNameError
@@ -13,8 +14,13 @@ from lorasurgery.errors import UnknownNameError
 
 def names(kind: str) -> list[str]:
     """The names of one kind ('adapters', 'codecs', 'formats', 'kernels', 'cli'); imports none."""
+    return list(_listed(kind))
+
+
+@cache  # a listing takes a millisecond, and one adapter asks for five
+def _listed(kind: str) -> tuple[str, ...]:
     folder = importlib.import_module(f"lorasurgery.{kind}")
-    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name[0] != "_")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name[0] != "_"))
 
 
 def load(kind: str, name: str) -> ModuleType:

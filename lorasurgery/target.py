@@ -43,12 +43,12 @@ class Share:
             a, b = a[None], b[None]
         if self.part.expert is not None:
             a, b = a[self.part.expert : self.part.expert + 1], b[[self.part.expert]]
+        if self.turned:
+            a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
         if self.part.rows is not None:
             b = b[:, slice(*self.part.rows)]
         if self.weight != 1.0:
             b = b * b.dtype.type(self.weight)
-        if self.turned:
-            a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
         return a, b
 
     def dense(self, w: Array) -> Array:

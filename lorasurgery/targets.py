@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, BaseFacts, Site
 from lorasurgery.naming import Names
-from lorasurgery.orientation import misfit, orientation
+from lorasurgery.orientation import misfit, orientation, parts_of
 from lorasurgery.problems import Problem
 from lorasurgery.target import Share, Target
 from lorasurgery.tensors import TensorInfo
@@ -82,16 +82,14 @@ def resolve(
         if not routed and (problem := _routed(site)):
             problems.append(problem)
             continue
-        parts = names.parts(name, site.size[0] or 0, site.experts)
+        parts = parts_of(model, names, name, site)
         if not parts and not site.optional:
             missing[name] = site
-        for part in parts:
-            turned = orientation(model, site, part)
-            if turned is None:
-                problems.append(misfit(model, site, part))
-            else:
-                info = model.weights.info(part.tensor)
-                shares[part.tensor].append(Share(site, part, info, turned, weight))
+        wrong = [part for part in parts if orientation(model, site, part) is None]
+        problems += [misfit(model, site, part) for part in wrong[:1]]
+        for part in () if wrong else parts:
+            info, turned = model.weights.info(part.tensor), orientation(model, site, part)
+            shares[part.tensor].append(Share(site, part, info, bool(turned), weight))
     replaced, added = {}, {}
     for name, info in adapter.replaced.items():
         replaced[names.find(name) or name] = Whole(adapter, name, info, weight)

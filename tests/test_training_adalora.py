@@ -110,17 +110,6 @@ def test_a_schedule_that_cannot_be_is_refused(message):
     assert str(error.value) == message
 
 
-def test_an_embedding_is_refused():
-    place = Place("embed_tokens", nn.Embedding(9, 4))
-    config = adalora.configure(Wanted(), adalora.Options())
-    with pytest.raises(UsageError) as error:
-        adalora.start([place], config, adalora.Options(), 0)
-    assert str(error.value) == (
-        "--target-modules: embed_tokens is an embedding, and AdaLoRA's files hold linear layers alone. "
-        "Leave it out."
-    )
-
-
 def test_a_run_that_has_not_reached_its_budget_is_not_written(base):
     prepared = begin(base, options("adalora", own=adalora.Options(), steps=10))
     steps(prepared, 2)

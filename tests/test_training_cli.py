@@ -50,6 +50,26 @@ def test_groups_are_explained_with_their_rates(base, tmp_path):
     assert f"wrote {tmp_path}/out in " in said
 
 
+def test_lora_plus_takes_magnitudes_and_heads_at_the_rate_of_a(base, tmp_path):
+    flags = (
+        "--method",
+        "lora+",
+        "--dora",
+        "--modules-to-save",
+        "lm_head",
+        "--lr",
+        1e-4,
+        "--explain-optimizer",
+    )
+    said = done("train", base, "--data", TEXT, "-o", tmp_path / "out", *flags, *SHORT)
+    rows = [line.split() for line in said.splitlines()[-5:]]
+    assert [(row[0], float(row[3])) for row in rows[1:]] == [
+        ("A", 1e-4), ("B", 1.6e-3), ("magnitude", 1e-4), ("head", 1e-4),
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["use_dora"] is True
+
+
 def test_a_dry_run_counts_and_writes_nothing(base, tmp_path):
     said = done("train", base, "--data", TEXT, "--dry-run", "--json", "--method", "dora", *SHORT)
     total = json.loads(said)["total"]

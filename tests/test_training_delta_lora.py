@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from lorasurgery import plugins
@@ -29,7 +30,7 @@ from lorasurgery.training.attach import Targets
 from lorasurgery.training.method import Wanted
 from lorasurgery.training.methods import delta_lora
 from lorasurgery.training.options import Machine
-from tests.training_case import TEXT, begin, logits, options, run, save_base, steps
+from tests.training_case import TEXT, begin, logits, options, run, save_base, steps, tokenizer
 
 OUT, IN, RANK, LAMBDA, START, STEPS = 7, 9, 3, 0.5, 4, 12
 SCALE = 6.0 / RANK
@@ -209,6 +210,52 @@ def test_it_is_written_with_its_base_and_merges_and_converts_as_it_was_trained(b
         LoraSurgeryError, match="but the adapter belongs to a base where it has blake3:"
     ):
         merge(other, [str(tmp_path / "out")], tmp_path / "wrong", MergeOptions(), RunOptions())
+
+
+def test_what_w_has_moved_by_is_a_file_of_its_own_if_asked_for(base, tmp_path):
+    own = delta_lora.Options(0.5, 2, save_base_delta=True)
+    asked = options("delta-lora", own=own, steps=6, rate=1e-2)
+    prepared = begin(base, asked)
+    pairs = []
+    layers = prepared.trainer.parts.detours.layers
+    for _ in range(6):
+        steps(prepared, 1)
+        pairs.append(
+            {p: {n: f.detach().double() for n, f in la.factors.items()} for p, la in layers.items()}
+        )
+    run(base, tmp_path / "out", asked)
+    moved = load_file(tmp_path / "out" / "base_delta.safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    weights = plain.state_dict()
+    for path in layers:
+        now, then = pairs[5][path], pairs[2][path]
+        wanted = 0.5 * 2 * (now["B"] @ now["A"] - then["B"] @ then["A"])
+        got = moved.pop(f"{path}.weight").double()
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+        assert wanted.norm() > 0
+        # with the LoRA itself on top it is what was trained
+        weights[f"{path}.weight"] += (got + 2 * now["B"] @ now["A"]).float()
+    assert moved == {}
+    trained = logits(prepared.trainer.parts.model)
+    torch.testing.assert_close(logits(plain), trained, atol=2e-5, rtol=1e-4)
+    # the adapter beside it is read as if it were alone
+    assert len(plugins.load("dialects", "surgery").read(tmp_path / "out").sites) == len(layers)
+    run(base, tmp_path / "none", replace(asked, own=replace(own, save_base_delta=False)))
+    assert not (tmp_path / "none" / "base_delta.safetensors").exists()
+
+
+def test_a_weight_that_is_stored_turned_moves_turned(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=260)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    own = delta_lora.Options(0.5, -1, save_base_delta=True)
+    run(tmp_path / "gpt2", tmp_path / "out", options("delta-lora", own=own, rate=1e-2))
+    moved = load_file(tmp_path / "out" / "base_delta.safetensors")
+    stored = load_file(tmp_path / "gpt2" / "model.safetensors")
+    assert len(moved) == 4
+    assert all(stored[name].shape == change.shape for name, change in moved.items())
+    assert {tuple(change.shape) for change in moved.values()} >= {(32, 96), (128, 32)}
 
 
 def test_an_embedding_is_adapted_too(base):

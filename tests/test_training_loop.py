@@ -125,6 +125,26 @@ def test_lora_fa_with_dropout_is_refused(base):
     )
 
 
+def test_lora_fa_trains_magnitudes_beside_b_if_asked_to(base, tmp_path):
+    """PEFT's own optimizer for it does not run on a DoRA."""
+    own = lora_fa.Options(dora=True)
+    prepared = begin(base, options("lora-fa", own=own))
+    layers = prepared.trainer.parts.detours.layers
+    before = {p: {n: f.detach().clone() for n, f in la.factors.items()} for p, la in layers.items()}
+    steps(prepared, 2)
+    for path, layer in layers.items():
+        moved = {n for n, f in layer.factors.items() if not torch.equal(f, before[path][n])}
+        assert moved == {"B", "m"}
+    run(base, tmp_path / "out", options("lora-fa", own=own))
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("magnitude" in name for name in held) == len(layers)
+    with pytest.raises(UsageError) as caught:
+        begin(base, options("lora-fa", own=lora_fa.Options(fa_projection=True, dora=True)))
+    assert str(caught.value) == (
+        "--fa-projection: is derived for W + s B A, and --dora scales its rows. Take one of them away."
+    )
+
+
 def test_vera_shares_its_projections_and_is_read_back_from_their_seed(base, tmp_path):
     prepared = begin(base, options("vera"))
     layers = prepared.trainer.parts.detours.layers
@@ -360,6 +380,24 @@ def test_modules_that_nothing_is_called_are_refused_with_the_nearest(base):
 def test_targets_are_chosen_by_pefts_rules(base, targets, expected):
     prepared = begin(base, replace(options(), targets=targets))
     assert len(prepared.trainer.parts.detours.layers) == expected
+
+
+EMBEDDED = {
+    "adalora": "and AdaLoRA's files hold linear layers alone",
+    "dora": "which DoRA's files in PEFT's form norm along the other axis",
+    "moral": "and a router chooses by what a linear layer sees",
+    "vera": "and VeRA's projections are of linear layers",
+}
+
+
+@pytest.mark.parametrize("method", EMBEDDED)
+def test_a_method_that_does_not_fit_an_embedding_says_so_before_the_first_step(base, method):
+    asked = replace(options(method), targets=Targets(("q_proj", "embed_tokens")))
+    with pytest.raises(UsageError) as caught:
+        begin(base, asked)
+    assert str(caught.value) == (
+        f"--target-modules: model.embed_tokens is an embedding, {EMBEDDED[method]}. Leave it out."
+    )
 
 
 def test_a_module_that_is_trained_whole_is_written_whole(base, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lorasurgery import plugins
@@ -19,6 +20,7 @@ from lorasurgery.errors import UsageError
 from lorasurgery.training.adapted import AdaptedLinear
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.batches import Batch
+from lorasurgery.training.live import add_adapter
 from lorasurgery.training.method import Wanted
 from lorasurgery.training.methods import moral
 from tests.training_case import TEXT, begin, logits, options, run, save_base, steps
@@ -93,14 +95,15 @@ def test_experts_stand_in_the_feed_forward_blocks_unless_others_are_named(base):
 def test_parameters_are_those_of_the_experts_and_the_routers(base, tmp_path):
     total = run(base, tmp_path / "out", options("moral"))
     # N r (in + out) of gate, up, down, and N in of each router; two layers
-    assert total["trained_parameters"] == 2 * (N * 4 * 3 * (32 + 48) + N * (32 + 32 + 48))
+    assert total["trained_parameters"] == 2 * (N * 4 * 3 * (32 + 48) + N * 32)
 
 
 def test_each_token_has_k_experts_and_what_is_told_of_it_is_recorded(base, tmp_path):
     own = moral.Options(report_routing=True)
     asked = options("moral", own=own, rate=2e-2)
     prepared = begin(base, asked)
-    layers = prepared.trainer.parts.detours.layers
+    every = prepared.trainer.parts.detours.layers
+    layers = {path: layer for path, layer in every.items() if path.endswith("gate_proj")}
     seen = {}
     handles = [layer.register_forward_pre_hook(
         lambda layer, given, path=path: seen.setdefault(path, []).append((given[0].detach().clone(),
@@ -135,9 +138,12 @@ def test_each_token_has_k_experts_and_what_is_told_of_it_is_recorded(base, tmp_p
         assert sum(loads) == pytest.approx(1)
     run(base, tmp_path / "out", asked)
     read = plugins.load("dialects", "surgery").read(tmp_path / "out")
-    assert {site.module: site.config.extra["gate_means"] for site in read.sites} == {
-        path: layer.config.extra["gate_means"] for path, layer in layers.items()
-    }
+    assert len(read.sites) == 6
+    for site in read.sites:
+        first = f"{site.module.rpartition('.')[0]}.gate_proj"
+        assert site.config.extra["gate_means"] == layers[first].config.extra["gate_means"]
+        assert ("router" in site.factors) == (site.module == first)
+        assert site.config.extra.get("router", first) == first
 
 
 def test_what_was_counted_outlives_a_stop_and_evaluations_are_not_counted(base):
@@ -154,18 +160,60 @@ def test_what_was_counted_outlives_a_stop_and_evaluations_are_not_counted(base):
     assert all(torch.equal(one[path], two[path]) for path in one)
 
 
-def test_the_balance_is_switch_s_and_moves_the_router_alone():
+def test_layers_of_a_block_have_the_gates_that_its_input_chose(base):
+    prepared = begin(base, options("moral"))
+    mlp = prepared.trainer.parts.model.model.layers[1].mlp
+    rng = torch.Generator().manual_seed(4)
+    for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        layer.factors["B"].data.normal_(generator=rng)
+    x = torch.randn(5, 32, generator=rng)
+    router = mlp.gate_proj.factors["router"].detach().normal_(generator=rng)
+    scores = x @ router.T
+    open_ = scores >= scores.topk(K).values[:, -1:]
+    gates = scores.masked_fill(~open_, -math.inf).softmax(-1)
+
+    def mixed(layer, x):
+        factors = layer.factors
+        each = torch.einsum("nor,nri,ti->tno", factors["B"], factors["A"], x)
+        return layer.base(x) + 2 * torch.einsum("tn,tno->to", gates, each)
+
+    inner = torch.nn.functional.silu(mixed(mlp.gate_proj, x)) * mixed(mlp.up_proj, x)
+    torch.testing.assert_close(mlp(x), mixed(mlp.down_proj, inner), atol=1e-4, rtol=1e-4)
+    assert [name for name, _ in mlp.named_parameters() if "router" in name] == [
+        "gate_proj.factors.router"
+    ]
+
+
+def test_each_layer_may_have_a_router_of_its_own(base, tmp_path):
+    own = moral.Options(router="linear")
+    total = run(base, tmp_path / "out", options("moral", own=own))
+    assert total["trained_parameters"] == 2 * (N * 4 * 3 * (32 + 48) + N * (32 + 32 + 48))
+    beside = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert all(
+        "router" in la.factors for la in add_adapter(beside, base, tmp_path / "out").values()
+    )
+    trained = begin(base, options("moral", own=own))
+    steps(trained, 3)
+    torch.testing.assert_close(
+        logits(beside), logits(trained.trainer.parts.model), atol=2e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("weights", [{"balance": 0.25}, {"z_loss": 0.5}])
+def test_the_terms_are_those_of_their_papers_and_move_the_router_alone(weights):
     config, base, factors = experts()
     layer = AdaptedLinear(base, config, factors, 0.0)
     for factor in layer.factors.values():
         factor.requires_grad_()
-    layers = {"m": layer}
-    hooks = moral.hooks(layers, Wanted(), moral.Options(balance=0.25))
+    hooks = moral.hooks({"m": layer}, Wanted(), moral.Options(**weights))
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.zeros(2, 7, dtype=torch.long)
     labels[1, 4:] = -100
-    hooks.sees(Batch(labels, labels))
-    layer(x)
+    for row in (0, 1):  # micro-batches of different sizes
+        hooks.sees(Batch(labels[row : row + 1], labels[row : row + 1]))
+        layer(x[row : row + 1])
+        hooks.sees(None)
+        layer(x[row : row + 1])  # computed again
     term = hooks.penalty()
     term.backward()
     router = factors["router"].clone().requires_grad_()
@@ -173,7 +221,9 @@ def test_the_balance_is_switch_s_and_moves_the_router_alone():
     share = torch.zeros(N).double()
     for token in scores:
         share[token.topk(K).indices] += 1 / (K * len(scores))
-    expected = 0.25 * N * (share * scores.softmax(-1).mean(0)).sum()
+    balance = N * (share * scores.softmax(-1).mean(0)).sum()
+    z = scores.exp().sum(-1).log().square().mean()
+    expected = weights.get("balance", 0) * balance + weights.get("z_loss", 0) * z
     expected.backward()
     assert term.item() == pytest.approx(expected.item())
     torch.testing.assert_close(layer.factors["router"].grad, router.grad, atol=1e-12, rtol=1e-12)
@@ -182,11 +232,29 @@ def test_the_balance_is_switch_s_and_moves_the_router_alone():
     assert hooks.penalty() is None
 
 
+def told(base, own, *, checkpointing=False, **pace):
+    asked = options("moral", own=own, **pace)
+    asked = replace(asked, machine=replace(asked.machine, checkpointing=checkpointing))
+    prepared = begin(base, asked)
+    return [prepared.trainer.step() for _ in range(2)]
+
+
+def test_how_a_step_is_cut_and_computed_changes_none_of_its_terms(base):
+    own = moral.Options(balance=0.1, z_loss=0.01)
+    whole = told(base, own, batch=4)
+    for other in (
+        told(base, own, batch=1, accumulate=4),
+        told(base, own, batch=4, checkpointing=True),
+    ):
+        for one, two in zip(whole, other, strict=True):
+            assert one == pytest.approx(two, rel=1e-5)
+
+
 def test_the_balance_is_in_the_metrics_and_1_where_experts_are_used_alike(base):
     prepared = begin(base, options("moral", own=moral.Options(balance=1.0)))
     told = prepared.trainer.step()
     # routers begin small, so that their softmax is nearly even, whatever is chosen
-    assert told["penalty"] == pytest.approx(1, abs=0.1)
+    assert told["penalty"] == pytest.approx(1, abs=0.2)
     assert 0 <= told["least_load"] <= 1 / N <= told["most_load"] <= 1
 
 
@@ -196,7 +264,7 @@ def test_routing_is_reported_if_asked_for(base, tmp_path):
     result = CliRunner().invoke(app, [str(a) for a in (*call, "--device", "cpu", "--json")])
     assert result.exit_code == 0, result.stderr
     tensors = json.loads(result.stdout)["tensors"]
-    assert len(tensors) == 6
+    assert len(tensors) == 2
     for loads in tensors.values():
         assert set(loads) == {"expert_0", "expert_1", "expert_2"}
         assert sum(loads.values()) == pytest.approx(1)
@@ -204,6 +272,7 @@ def test_routing_is_reported_if_asked_for(base, tmp_path):
 
 REFUSED = {
     "--top-k 9: of 8 experts cannot be chosen. Pass 1 to 8.": {"top_k": 9},
+    "--z-loss inf: is no weight. Pass 0 for none.": {"z_loss": math.inf},
     "--balance -1: is no weight. Pass 0 for none.": {"balance": -1.0},
 }
 

@@ -16,6 +16,7 @@ from torch import distributed
 
 from lorasurgery.cli import app
 from lorasurgery.training import sharded, trainer
+from lorasurgery.training.nf4.linear import NF4Linear
 
 STEP = trainer.Trainer.step
 
@@ -31,11 +32,18 @@ def interrupted(at: int) -> Any:
     return step
 
 
-def held(model: torch.nn.Module) -> list[int]:
-    """Numbers of the frozen parameters that lie in this process, and of all."""
+def held(model: torch.nn.Module) -> list[list[int]]:
+    """Bytes of the frozen parameters that lie in this process, and of all; the same of NF4 weights."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    here = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
-    return [sum(p.numel() for p in part) for part in (here, frozen)]
+    packed = [part for m in model.modules() if isinstance(m, NF4Linear) for part in m.parts]
+    return [
+        [sum(local(t).nbytes for t in of), sum(t.numel() * t.element_size() for t in of)]
+        for of in (frozen, packed)
+    ]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def main(runs: list[list[str]]) -> None:

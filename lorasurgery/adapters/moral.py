@@ -3,6 +3,9 @@
 Yang et al. 2024, arXiv 2402.11260, §3, which leaves the gates open: here they are a softmax over the k largest
 of router · x, so that they sum to 1. They depend on x, so no ΔW does the same; a mixture with gates that are
 fixed is a LoRA of rank N r.
+
+Layers of one block may have one router: the first layer's, whose input is the block's. extra['router'] of the others
+names that layer; they have no router of their own, and `added` is given its gates.
 """
 
 from __future__ import annotations
@@ -40,10 +43,16 @@ def chosen(config: AdapterConfig) -> int:
     return min(int(said), experts(config))
 
 
+def follows(config: AdapterConfig) -> str:
+    """The module whose router chooses here too; empty: this one's own does."""
+    return str(config.extra.get("router") or "")
+
+
 def shapes(out: int, in_: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """A: [N, r, in];  B: [N, out, r];  router: [N, in]."""
+    """A: [N, r, in];  B: [N, out, r];  router: [N, in], unless another layer has it."""
     n, r = experts(config), config.rank
-    return {"A": (n, r, in_), "B": (n, out, r), "router": (n, in_)}
+    own = {} if follows(config) else {"router": (n, in_)}
+    return {"A": (n, r, in_), "B": (n, out, r), **own}
 
 
 def init(w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]:
@@ -53,11 +62,13 @@ def init(w: Tensor, config: AdapterConfig, rng: Generator) -> dict[str, Tensor]:
     out, in_ = w.shape
     made = shapes(out, in_, config)
     bound = 1 / math.sqrt(in_)
-    return {
+    factors = {
         "A": torch.empty(made["A"]).uniform_(-bound, bound, generator=rng),
         "B": torch.zeros(made["B"]),
-        "router": 0.02 * torch.randn(made["router"], generator=rng),
     }
+    if "router" in made:
+        factors["router"] = 0.02 * torch.randn(made["router"], generator=rng)
+    return factors
 
 
 def gates(x: Tensor, router: Tensor, config: AdapterConfig) -> Tensor:
@@ -90,15 +101,23 @@ def detour(
     config: AdapterConfig,
     base: Base | None = None,  # noqa: ARG001 - free of W
 ) -> Tensor:
-    """What is added to x Wᵀ."""
-    flat = x.reshape(-1, x.shape[-1])
-    gate = gates(flat, factors["router"], config)
-    added = flat.new_zeros(len(flat), factors["B"].shape[1])
+    """What is added to x Wᵀ. Raises MatchError for a layer whose gates are another's."""
+    if "router" not in factors:
+        raise MatchError(
+            f"moral: the router of {follows(config)} chooses the experts here too. Run the whole block."
+        )
+    return added(x, gates(x, factors["router"], config), factors, config)
+
+
+def added(x: Tensor, gate: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    """s Σᵢ gᵢ Bᵢ Aᵢ x: x [..., in], gate [..., N] -> [..., out]."""
+    flat, open_ = x.reshape(-1, x.shape[-1]), gate.reshape(-1, gate.shape[-1])
+    total = flat.new_zeros(len(flat), factors["B"].shape[1])
     for i, (a, b) in enumerate(zip(factors["A"], factors["B"], strict=True)):
-        (mine,) = gate[:, i].nonzero(as_tuple=True)
-        term = gate[mine, i, None] * ((flat[mine] @ a.T) @ b.T)
-        added = added.index_add(0, mine, term.to(added.dtype))
-    return config.scaling * added.reshape(*x.shape[:-1], -1)
+        (mine,) = open_[:, i].nonzero(as_tuple=True)
+        term = open_[mine, i, None] * ((flat[mine] @ a.T) @ b.T)
+        total = total.index_add(0, mine, term.to(total.dtype))
+    return config.scaling * total.reshape(*x.shape[:-1], -1)
 
 
 def from_lora(w: A, a: A, b: A) -> None:

@@ -83,6 +83,12 @@ COLUMNS = {
     # totals alone
     "trained_parameters": Column("trained parameters", _count, None),
     "base_parameters": Column("base parameters", _count, None),
+    "packed_bytes": Column("packed weights", show_bytes, None),
+    "saved_bytes": Column("kept for backward", show_bytes, None),
+    "saved_bytes_of_base": Column("  by the base alone", show_bytes, None),
+    "saved_bytes_of_adapter": Column("  for the adapter", show_bytes, None),
+    "saved_bytes_as_lora": Column("  with A and B trained", show_bytes, None),
+    "saved_bytes_of_lora_adapter": Column("  for that adapter", show_bytes, None),
     "tokens": Column("tokens", _count, None),
     "steps": Column("steps", _count, None),
     "best_step": Column("best step", _count, None),

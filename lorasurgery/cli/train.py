@@ -159,6 +159,10 @@ class Seen:
         bool,
         typer.Option("--checkpointing", help="Compute activations again instead of keeping them."),
     ] = False
+    mem_report: Annotated[
+        bool,
+        typer.Option("--mem-report", help="Say what a forward pass keeps for the backward pass."),
+    ] = False
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda.")] = "auto"
     dialect: Annotated[
         str | None,
@@ -261,6 +265,6 @@ def train_options(
             how.schedule, how.clip or None, how.optimizer, Settings((0.9, how.beta2), budget=how.state_budget),
         ),
         Held(tuple(kept.eval_data or ()), kept.eval_every, kept.patience, kept.save_every),
-        Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing, nf4),
+        Machine(seen.dtype, seen.device, seen.bf16, seen.checkpointing, nf4, seen.mem_report),
         seen.dialect,
     )  # fmt: skip

@@ -12,7 +12,7 @@ adapter.json, version 1:
 A KEY names a tensor of adapter.safetensors, which is stored float32 as the variant has it (A [r, in], B [out, r]);
 several sites may name one: that is how LoRA-drop's shared pair is shared. extra is the variant's own:
 `lambda` and `start` of Delta-LoRA; `shared`, the pair's name, of LoRA-drop; `experts`, `top_k` and, if measured,
-`gate_means` (a list of as many shares) of MoRAL. `base` is the blake3 of the weight (as numbers, not as codes)
+`gate_means` (a list of as many shares) of MoRAL, and `router`, the module whose gates a site without a router has. `base` is the blake3 of the weight (as numbers, not as codes)
 that the factors belong to: another one is refused.
 What is in `added` is scaled already.
 """

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lorasurgery.errors import UsageError
+from lorasurgery.kernels import _nf4_linear_host as host
 from lorasurgery.kernels import grouped_lora as grouped
 from lorasurgery.kernels import lora_linear as lora
 from lorasurgery.kernels import nf4_linear as linear
-from lorasurgery.kernels._packed import Packed
+from lorasurgery.kernels._packed import FEW_CPU, Packed
 from lorasurgery.kernels._tensors import dispatch
 
 PACKED = "Tensor codes, Tensor absmax, int block, int rows, Tensor table"
@@ -23,6 +24,9 @@ TAIL = "Tensor? bias, Tensor? nested, Tensor? offset"
 
 
 def _nf4_linear(x: Tensor, *args: Any) -> Tensor:
+    if not x.is_cuda and len(x) > FEW_CPU:
+        codes, absmax, block, rows, table, bias, nested, offset = args
+        return host.forward(x, Packed(codes, absmax, block, rows, table, nested, offset), bias)
     y: Tensor = dispatch(linear.cpu, linear.launch, x, *args)
     return y
 

@@ -41,11 +41,46 @@ def dtype_name(dtype: Dtype) -> str:
 
 def _array(arg: Any) -> Any:
     if is_tensor(arg):
-        return from_torch(arg.detach())
-    return FLOATS[dtype_name(arg)] if str(arg).startswith("torch.") else arg
+        return _borrowed(arg.detach()) if _dealt_out() else from_torch(arg.detach())
+    # by its type: a table's own name would be all its numbers
+    is_dtype = (type(arg).__module__, type(arg).__name__) == ("torch", "dtype")
+    return FLOATS[dtype_name(arg)] if is_dtype else arg
 
 
 def _tensor(result: Any) -> Any:
     if isinstance(result, np.ndarray):
         return to_torch(result)
     return to_torch(result.reshape(1)).reshape(()) if isinstance(result, np.generic) else result
+
+
+def _dealt_out() -> bool:
+    """Whether FSDP2 may take a tensor's memory away between uses, and bring it back."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _borrowed(tensor: Tensor) -> Array:
+    """As `from_torch`, but torch does not learn of it: it forbids to free what numpy has seen."""
+    import torch
+
+    if not tensor.numel():
+        return from_torch(tensor)
+    whole = tensor.contiguous()
+    brain = whole.dtype == torch.bfloat16
+    seen = whole.view(torch.uint16) if brain else whole
+    array = np.asarray(_Memory(seen))
+    return array.view(ml_dtypes.bfloat16) if brain else array
+
+
+class _Memory:
+    """numpy's array interface of a contiguous tensor, which it keeps alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "typestr": np.dtype(dtype_name(tensor.dtype)).str,
+            "version": 3,
+        }

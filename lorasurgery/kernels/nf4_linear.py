@@ -14,7 +14,7 @@ import numpy as np
 from lorasurgery.arrays import Array
 from lorasurgery.kernels import _packed, double_quantize, nf4_quantize
 from lorasurgery.kernels._packed import Packed
-from lorasurgery.kernels._tensors import Data, dispatch, is_tensor
+from lorasurgery.kernels._tensors import Data, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -88,22 +88,13 @@ def launch(
 
 def gradient(g: Tensor, k: int, w: Packed) -> Tensor:
     """The gradient for x [m, k]: g · dequant(W), the weight unpacked anew and never kept."""
-    result: Tensor = dispatch(
-        _gradient_cpu, _gradient_launch, g, k, w.codes, w.absmax, w.block, w.rows, w.table,
-        w.nested, w.offset,
-    )  # fmt: skip
-    return result
+    if g.is_cuda:
+        from lorasurgery.kernels._nf4_linear_launch import backward
 
+        return backward(g, k, w, None)
+    from lorasurgery.kernels import _nf4_linear_host as host
 
-def _gradient_cpu(g: Array, k: int, *packed: Any) -> Array:
-    w = _packed.dense_array(Packed(*packed), k, g.dtype)
-    return (g.astype(np.float32) @ w).astype(g.dtype)
-
-
-def _gradient_launch(g: Tensor, k: int, *packed: Any) -> Tensor:
-    from lorasurgery.kernels._nf4_linear_launch import backward
-
-    return backward(g, k, Packed(*packed), None)
+    return host.backward(g, k, w)
 
 
 def tolerance(x: Tensor, *args: Any) -> Tensor:

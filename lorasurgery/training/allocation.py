@@ -41,7 +41,8 @@ class Allocation(Hooks):
         if not self._options.orthogonality:
             return None
         norms = [norm for layer in self.layers.values() for norm in _skew(layer)]
-        return self._options.orthogonality * torch.stack(norms).mean()
+        # every process has the same factors
+        return self._options.orthogonality * torch.stack(norms).mean() / self.ranks.count
 
     @torch.no_grad()
     def after(self, step: int) -> None:

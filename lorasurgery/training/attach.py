@@ -159,7 +159,7 @@ def detours(
 ) -> Detours:
     """Let the method's factors and the whole modules have gradients."""
     for layer in layers.values():
-        for name in trained:
+        for name in (name for name in trained if name in layer.factors):
             layer.factors[name].requires_grad_()
     kept = whole(model, save)
     for parameter in kept.values():

@@ -22,6 +22,7 @@ from lorasurgery.target import Share, Target
 from lorasurgery.targets import Whole, completed, resolve, unmatched
 from lorasurgery.tensors import TensorInfo
 from lorasurgery.training.adapted import Adapted, sides, turned, unpacks, wrap
+from lorasurgery.training.blocks import connect
 from lorasurgery.training.written import array
 from lorasurgery.weights import Weights
 
@@ -75,6 +76,7 @@ def lay(live: nn.Module, targets: list[Target]) -> dict[str, Adapted]:
         else:
             held = live.get_parameter(target.tensor)
             _add(held, _change(target, held))
+    connect(layers)
     return layers
 
 

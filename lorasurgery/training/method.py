@@ -11,10 +11,13 @@ from lorasurgery.adapter import AdapterConfig
 from lorasurgery.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from lorasurgery.training.adapted import Adapted
     from lorasurgery.training.batches import Batch
+    from lorasurgery.training.ranks import Ranks
 
 Factors = Mapping[str, "Tensor"]
 
@@ -73,6 +76,12 @@ class Rates:
     decay: float = 0.0
 
 
+def _alone() -> Ranks:
+    from lorasurgery.training.ranks import ALONE  # loads torch
+
+    return ALONE
+
+
 @dataclass(slots=True)
 class Hooks:
     """What a method does while it trains; each does nothing unless a method says otherwise.
@@ -83,17 +92,18 @@ class Hooks:
     """
 
     layers: Mapping[str, Adapted] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=_alone)  # the processes that share each step's examples
 
     @property
     def settled(self) -> bool:
         """Whether what is trained now may be written: until then no evaluation is the best."""
         return True
 
-    def sees(self, batch: Batch) -> None:
-        """Before the forward pass of a micro-batch of a step."""
+    def sees(self, batch: Batch | None) -> None:
+        """Before the forward pass of a micro-batch of a step, and with None after it."""
 
     def penalty(self) -> Tensor | None:
-        """What is added to a step's loss, once."""
+        """What is added to a step's loss, once: this process's part of it."""
         return None
 
     def before(self, step: int) -> None:
@@ -118,6 +128,9 @@ class Hooks:
 
     def finish(self) -> None:
         """After the last step: settle layers' configs and factors; raise for a promise that was broken."""
+
+    def beside(self, folder: Path, names: Mapping[str, str]) -> None:
+        """Write what the method has besides the adapter; `names` are the base's, of modules' weights."""
 
 
 class Method(Protocol):

@@ -53,6 +53,7 @@ class Machine:
     autocast: bool = False
     checkpointing: bool = False
     nf4: CodecOptions | None = None  # QLoRA: how linear weights are packed that are not yet
+    report_memory: bool = False  # what a forward pass keeps for the backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +77,5 @@ class TrainOptions:
     def settings(self) -> dict[str, Any]:
         """For surgery.json, and what tells one run from another."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("watch", "own", "name")}
+        del kept["machine"]["report_memory"]  # changes nothing
         return {**kept, "own": asdict(self.own) if self.own else {}}

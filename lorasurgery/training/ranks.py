@@ -48,9 +48,15 @@ class Ranks:
         """Of all processes, in float64."""
         if self.count == 1:
             return list(values)
-        held = torch.tensor(values, dtype=torch.float64, device=_device())
-        distributed.all_reduce(held)
-        return [float(value) for value in held]
+        return [float(value) for value in self.total(torch.tensor(values, dtype=torch.float64))]
+
+    def total(self, held: Tensor) -> Tensor:
+        """The sum of all processes' tensors of one shape."""
+        if self.count == 1:
+            return held
+        moved = held.to(_device(), copy=True)
+        distributed.all_reduce(moved)
+        return moved.to(held.device)
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Each becomes the sum over all processes; it stays None where none has one."""

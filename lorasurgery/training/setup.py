@@ -19,7 +19,7 @@ from lorasurgery.training import optimizer as optimizers
 from lorasurgery.training.attach import Detours
 from lorasurgery.training.chance import apart
 from lorasurgery.training.examples import Example
-from lorasurgery.training.method import Group, Hooks, Method, Rates
+from lorasurgery.training.method import Group, Method, Rates
 from lorasurgery.training.nf4 import asked
 from lorasurgery.training.nf4.linear import NF4Linear
 from lorasurgery.training.options import Pace, TrainOptions
@@ -65,8 +65,8 @@ def prepare(base: Path, options: TrainOptions, ranks: Ranks = ALONE) -> Prepared
     groups = tuple(method.groups(detours.named(), Rates(rate, options.pace.decay), own))
     optimizer = optimizers.make(options.pace.optimizer, groups, options.pace.settings)
     hooks = method.hooks(layers, wanted, own)
+    hooks.ranks = ranks
     if ranks.count > 1:
-        _check_alone(hooks, options.method)
         from lorasurgery.training.sharded import shard  # what it imports takes a second
 
         shard(detours)
@@ -89,15 +89,6 @@ def _language(base: Path, options: TrainOptions) -> LanguageModel:
     found = load(base, options.machine.dtype, classes=options.reading.classes, nf4=nf4)
     asked.check_whole(found.model, options.targets.whole)
     return found
-
-
-def _check_alone(hooks: Hooks, method: str) -> None:
-    """Raises UsageError where a method looks at what a step's examples do all together."""
-    if type(hooks).sees is not Hooks.sees:
-        raise UsageError(
-            f"--method {method}: looks at all examples of a step, which torchrun's processes share. Train "
-            "it in one process."
-        )
 
 
 def _whole(model: nn.Module, options: TrainOptions) -> tuple[str, ...]:
@@ -177,8 +168,9 @@ def describe(detours: Detours, groups: Sequence[Group]) -> dict[str, float]:
     trained = sum(named.parameter.numel() for named in detours.named())
     every = {id(p): p.numel() for p in detours.model.parameters()}
     ours = {id(f) for layer in detours.layers.values() for f in layer.factors.values()}
-    base = sum(count for key, count in every.items() if key not in ours)
     packed = [layer for layer in detours.model.modules() if isinstance(layer, NF4Linear)]
+    ours |= {id(part) for layer in packed for part in layer.parts}
+    base = sum(count for key, count in every.items() if key not in ours)
     base += sum(layer.in_features * layer.out_features for layer in packed)
     told: dict[str, float] = {"modules": len(detours.layers), "trained_parameters": trained, "base_parameters": base,
             "groups": len(groups)}  # fmt: skip

@@ -9,14 +9,18 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lorasurgery.training.attach import Detours
+from lorasurgery.training.nf4.linear import NF4Linear
 
 
 def shard(detours: Detours) -> None:
-    """Each block by itself, and what lies outside of them with the model.
+    """Each block by itself, NF4 weights too, and what lies outside of them with the model.
 
-    Only parameters are shared out; buffers stay whole.
+    Buffers stay whole: rotary tables, and a few bytes of each NF4 layer.
     """
     model = detours.model
+    for layer in model.modules():
+        if isinstance(layer, NF4Linear):
+            layer.as_parameters()
     kept = {factor for layer in detours.layers.values() for factor in layer.factors.values()}
     kept |= {p for p in model.parameters() if p.requires_grad}
     for block in blocks(model):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import blake3
 
 from lorasurgery import __version__, plugins
-from lorasurgery.adapter import Adapter, Dialect
+from lorasurgery.adapter import Dialect
 from lorasurgery.checkpoint import MANIFEST, SCRATCH
 from lorasurgery.errors import LoraSurgeryError
 from lorasurgery.operations.algebra.adapter_output import (
@@ -27,13 +26,16 @@ from lorasurgery.output import Output
 from lorasurgery.place import check_apart, check_free, check_room, recover, writing
 from lorasurgery.report import Report, Result, read_manifest
 from lorasurgery.surgery import RunOptions, stamp
-from lorasurgery.training import setup, state, written
+from lorasurgery.training import saved, setup, state, written
+from lorasurgery.training.board import board
+from lorasurgery.training.disk import OnDisk
 from lorasurgery.training.interrupt import Interrupt
 from lorasurgery.training.method import Group
 from lorasurgery.training.options import TrainOptions
 from lorasurgery.training.ranks import Ranks, joined
 from lorasurgery.training.records import files
 from lorasurgery.training.setup import Prepared
+from lorasurgery.training.written import OnBase
 
 METRICS = "metrics.jsonl"
 STATE = Path(SCRATCH) / "state.pt"
@@ -71,7 +73,10 @@ def _train(
             return Trained(done)
     prepared = setup.prepare(base, options, ranks)
     detours = prepared.trainer.parts.detours
-    report = Report("train", (), 0.0, setup.describe(detours, prepared.groups))
+    counts = setup.describe(detours, prepared.groups)
+    if options.machine.report_memory:
+        counts |= saved.report(prepared.trainer)
+    report = Report("train", (), 0.0, counts)
     if output is not None:
         run = _Run(base, inputs, options, prepared, plan, started)
         made = Output(output, (), plan, how.output) if ranks.first else None
@@ -103,33 +108,6 @@ def _identity(inputs: Mapping[str, Path], options: TrainOptions) -> str:
     return blake3.blake3(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class OnDisk:
-    """What is on the disk of a run that goes on: a line for each step, and the last state."""
-
-    metrics: BinaryIO
-    saved: Path
-
-    def begun(self) -> state.State | None:
-        """Where an interrupted run is gone on with."""
-        return state.load(self.saved) if self.saved.exists() else None
-
-    def cut(self, size: int) -> None:
-        """Take away the lines of steps that are made once more."""
-        self.metrics.truncate(size)
-
-    def note(self, told: Mapping[str, Any]) -> int:
-        """One more line; the size of all."""
-        self.metrics.write(json.dumps(told).encode() + b"\n")
-        self.metrics.flush()
-        return self.metrics.tell()
-
-    def save(self, captured: state.State) -> None:
-        """The lines that it counts are on the disk before it is."""
-        os.fsync(self.metrics.fileno())
-        state.save(captured, self.saved)
-
-
 @dataclass(slots=True)
 class _Run:
     """One run while it is made."""
@@ -146,8 +124,12 @@ class _Run:
         saved = output.partial / STATE
         try:
             path = output.partial / METRICS
-            with writing(path, "the metrics"), path.open("ab") as metrics:
-                self._steps(OnDisk(metrics, saved))
+            with (
+                writing(path, "the metrics"),
+                path.open("ab") as metrics,
+                board(output.partial) as shown,
+            ):
+                self._steps(OnDisk(metrics, saved, shown))
             return self._write(output, self._ended(report))
         except BaseException as error:
             if saved.exists():
@@ -220,21 +202,23 @@ class _Run:
 
     def _adapter(
         self, output: Output, figures: Mapping[str, Mapping[str, float]]
-    ) -> tuple[Adapter, Dialect, tuple[Result, ...]]:
+    ) -> tuple[OnBase, Dialect]:
         detours, options = self.prepared.trainer.parts.detours, self.options
         made = written.adapter(detours, options.name, output.path, self.prepared.settings)
-        made, read = written.on_base(self.base, made, figures)
-        name = options.dialect or layout_for(made)
+        fitted = written.on_base(self.base, made, figures)
+        name = options.dialect or layout_for(fitted.adapter)
         dialect = cast(Dialect, plugins.load("dialects", name))
-        made = as_written(made, name, "F32")
+        made = as_written(fitted.adapter, name, "F32")
         check_variants(made, name, dialect)
-        return made, dialect, read
+        return replace(fitted, adapter=made), dialect
 
     def _write(self, output: Output, report: Report) -> Report:
         figures = {result.name: result.metrics for result in report.results}
-        adapter, dialect, read = self._adapter(output, figures)
+        fitted, dialect = self._adapter(output, figures)
+        adapter, read = fitted.adapter, fitted.results
         with writing(output.partial, "the adapter"):
             dialect.write(adapter, output.partial)
+            self.prepared.trainer.parts.hooks.beside(output.partial, fitted.names)
         report = replace(report, seconds=time.perf_counter() - self.started)
         outcome = Outcome("train", adapter, self.inputs, self.options.settings, read, report.total)
         content = manifest_of(outcome, adapter, replace(report, results=read), self.plan)

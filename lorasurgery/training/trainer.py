@@ -63,16 +63,10 @@ class Trainer:
         number, parts = self.step_done + 1, self.parts
         batches, count = self.batches(number), self._count(number)
         with Trouble(parts.model, number) as trouble:
-            value = 0.0
-            for batch in batches:
-                parts.hooks.sees(batch)
-                value += self._gradients(batch, count)
-            (value,) = parts.ranks.sums(value)
-            trouble.check_loss(value, lambda: self._forward(batches[0]))
+            (value,) = parts.ranks.sums(sum(self._gradients(batch, count) for batch in batches))
+            trouble.check_loss(value, lambda: self.forward(batches[0]))
+            penalty = self._penalty()
             parts.ranks.add_gradients(self._trained)
-            penalty = parts.hooks.penalty()
-            if penalty is not None:
-                penalty.backward()  # type: ignore[no-untyped-call]
             norm = self._clip()
             if not math.isfinite(norm):
                 raise blame(parts.detours.named(), number)
@@ -84,7 +78,7 @@ class Trainer:
         self.step_done, self.tokens = number, self.tokens + count
         self.losses = [*self.losses, value][-_REMEMBERED:]
         told = {"step": number, "loss": value, "grad_norm": norm, "tokens": self.tokens}
-        told |= {} if penalty is None else {"penalty": float(penalty.detach())}
+        told |= {} if penalty is None else {"penalty": penalty}
         paging: Mapping[str, float] = getattr(parts.optimizer, "figures", dict)()
         return {**told, **_named_rates(rates), **parts.hooks.figures(), **paging}
 
@@ -105,7 +99,7 @@ class Trainer:
                 chosen = ranks.mine(examples[start : start + a_round])
                 # a process that has none left still takes part in the others' exchanges
                 batch = collate(chosen or examples[:1], self.parts.padding)
-                value = float(self._forward(batch))
+                value = float(self.forward(batch))
                 total += value if chosen else 0.0
                 count += batch.predicted if chosen else 0
         model.train(training)
@@ -178,11 +172,24 @@ class Trainer:
         return sum(example.predicted for example in self._examples(number))
 
     def _gradients(self, batch: Batch, count: int) -> float:
-        value = self._forward(batch) / count
+        self.parts.hooks.sees(batch)
+        value = self.forward(batch) / count
+        # activations that are computed again are not seen twice
+        self.parts.hooks.sees(None)
         value.backward()  # type: ignore[no-untyped-call]
         return float(value.detach())
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _penalty(self) -> float | None:
+        """All processes' together; its gradients are added to this one's."""
+        penalty = self.parts.hooks.penalty()
+        if penalty is None:
+            return None
+        penalty.backward()  # type: ignore[no-untyped-call]
+        (value,) = self.parts.ranks.sums(float(penalty.detach()))
+        return value
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss, summed over the batch's labels."""
         recipe, kind = self.recipe, self._device.type
         with torch.autocast(kind, torch.bfloat16, enabled=recipe.autocast):
             return loss.total(self.parts.model, batch.to(self._device))

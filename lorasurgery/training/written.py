@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,24 +39,33 @@ def adapter(detours: Detours, base: str, path: Path, settings: Mapping[str, Any]
     )
 
 
-def on_base(
-    base: Path, adapter: Adapter, figures: Mapping[str, Mapping[str, float]]
-) -> tuple[Adapter, tuple[Result, ...]]:
-    """The adapter bound to its base where it belongs to one; each of the base's weights that it is for.
+@dataclass(frozen=True, slots=True)
+class OnBase:
+    """An adapter, bound to its base where it belongs to one, and the base's weights that it is for.
 
-    Of these the results have the hash, as a merge would note it, and what is told of the module.
+    `results` have a weight's hash, as a merge would note it, and what is told of the module; `names` are the weights'
+    by module.
     """
+
+    adapter: Adapter
+    results: tuple[Result, ...]
+    names: Mapping[str, str]
+
+
+def on_base(base: Path, adapter: Adapter, figures: Mapping[str, Mapping[str, float]]) -> OnBase:
+    """Reads each weight once."""
     model = open_model(base)
     targets = resolve(model, adapter, routed=True).targets
     read = {name: digest(model, name) for name in targets}
     results: list[Result] = []
-    by_module: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, target in targets.items():
         modules = [share.site.module for share in target.shares]
-        by_module |= dict.fromkeys(modules, read[name])
+        names |= dict.fromkeys(modules, name)
         told = {key: value for m in modules for key, value in figures.get(m, {}).items()}
         results.append(Result(name, told, {name: read[name]}, {}))
-    return bound(adapter, by_module), tuple(results)
+    by_module = {module: read[name] for module, name in names.items()}
+    return OnBase(bound(adapter, by_module), tuple(results), names)
 
 
 def norms(detours: Detours) -> dict[str, float]:

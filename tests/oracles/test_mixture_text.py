@@ -20,9 +20,11 @@ from lorasurgery.tensors import TensorInfo
 
 N, K, RANK, ALPHA, WINDOW = 4, 2, 3, 7.0, 12
 MODULES = {
-    "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"),
-    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"),
-}
+    "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"),
+    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"),
+}  # fmt: skip
+# the last layers of each have one router, that of the first of the two
+LED = {found[2]: found[1] for found in MODULES.values()}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -47,7 +49,8 @@ def held(base: Base) -> dict[str, dict[str, Tensor]]:
     for module in modules(base):
         shape = live.get_submodule(module).weight.shape
         out, in_ = shape if live.config.model_type == "llama" else shape[::-1]
-        shapes = {"A": (N, RANK, in_), "B": (N, out, RANK), "router": (N, in_)}
+        shapes = {"A": (N, RANK, in_), "B": (N, out, RANK)}
+        shapes |= {} if module in LED else {"router": (N, in_)}
         found[module] = {k: 0.5 * torch.randn(s, generator=rng) for k, s in shapes.items()}
     return found
 
@@ -57,6 +60,7 @@ def mixture(base: Base, folder: Path, recorded: list[float] | None = None) -> Pa
     sites = []
     for module, factors in held(base).items():
         extra = {"experts": N, "top_k": K} | ({"gate_means": recorded} if recorded else {})
+        extra |= {"router": LED[module]} if module in LED else {}
         config = AdapterConfig("moral", RANK, ALPHA, extra=extra)
         infos = {k: TensorInfo(f"{module}.{k}", "F32", tuple(f.shape)) for k, f in factors.items()}
         load = {k: f.numpy() for k, f in factors.items()}
@@ -74,13 +78,18 @@ def run(base: Base) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Of each module, with all mixtures on: inputs [tokens, in], gates [tokens, N], changes [tokens, out]."""
     model: Any = base.load()
     seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {m: [] for m in modules(base)}
+    last: dict[str, Tensor] = {}
 
     def mixed(module: str, factors: dict[str, Tensor]) -> Any:
         def hook(_module: Any, args: Any, output: Tensor) -> Tensor:
             x = args[0][0].double()
-            logits = x @ factors["router"].double().T
-            chosen = logits >= logits.sort(dim=1).values[:, -K, None]
-            gates = (logits.exp() * chosen) / (logits.exp() * chosen).sum(1, keepdim=True)
+            if module not in LED:
+                logits = x @ factors["router"].double().T
+                chosen = logits >= logits.sort(dim=1).values[:, -K, None]
+                last[module] = (logits.exp() * chosen) / (logits.exp() * chosen).sum(
+                    1, keepdim=True
+                )
+            gates = last[LED.get(module, module)]
             a, b = factors["A"].double(), factors["B"].double()
             each = torch.einsum("eor,eri,ti->teo", b, a, x)
             change = ALPHA / RANK * torch.einsum("te,teo->to", gates, each)
@@ -139,7 +148,7 @@ def test_gates_and_errors_are_those_of_the_running_mixture(
             np.testing.assert_allclose(change_of(out, module), wanted, atol=2e-4)
     assert found["total"]["output_error"] == pytest.approx((sum(errors) / sum(norms)) ** 0.5)
     assert found["notes"][-1] == (
-        f"in 2 modules fixed gates stand for the router: errors of outputs are what they lack of the "
+        f"in 3 modules fixed gates stand for the router: errors of outputs are what they lack of the "
         f"mixture's own change on {text}, in windows of {WINDOW}."
     )
 

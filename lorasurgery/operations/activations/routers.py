@@ -56,12 +56,16 @@ class OnText:
 class RouterProbe:
     """Adds a mixture's change to a module's outputs; sums up its gates and what `fixed` lacks of the change."""
 
-    def __init__(self, site: Site, module: Any, fixed: Probe | None) -> None:
+    def __init__(
+        self, site: Site, module: Any, fixed: Probe | None, held: dict[str, Tensor]
+    ) -> None:
+        """`held`: the gates that each layer with a router made last, by its module."""
         import torch
 
         self.name, self.module = name_of(site), module
         self._factors = {name: torch.from_numpy(f) for name, f in site.load().items()}
         self._config, self._fixed = site.config, fixed
+        self._held, self._router = held, moral.follows(site.config) or site.module
         self._gates: Tensor = torch.zeros(moral.experts(site.config), dtype=torch.float64)
         self._error2 = self._norm2 = 0.0
         self.tokens = 0
@@ -72,8 +76,11 @@ class RouterProbe:
         """The output that the module has with the mixture."""
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.reshape(-1, x.shape[-1]).float()
-        change = moral.detour(x, self._factors, self._config)
-        self._gates += moral.gates(x, self._factors["router"], self._config).double().sum(0)
+        if "router" in self._factors:
+            self._held[self._router] = moral.gates(x, self._factors["router"], self._config)
+        gates = self._held[self._router]
+        change = moral.added(x, gates, self._factors, self._config)
+        self._gates += gates.double().sum(0)
         self.tokens += len(x)
         if self._fixed is not None:
             self._error2 += float((change - self._fixed.change(x)).double().square().sum())
@@ -104,8 +111,9 @@ def _run(on: OnText, made: Mapping[str, Site], how: RunOptions) -> dict[str, Rou
     live = Live(on.adapter, on.weights, model)
     with torch.inference_mode(), ExitStack() as hooks:
         probes: list[RouterProbe | Probe] = []
+        held: dict[str, Tensor] = {}
         for site in live.sites:
-            probe = _probe(live, site, made) if routed(site) else live.probe(site)
+            probe = _probe(live, site, made, held) if routed(site) else live.probe(site)
             handle = probe.module.register_forward_hook(probe.hook, with_kwargs=True)
             hooks.callback(handle.remove)
             probes.append(probe)
@@ -121,11 +129,13 @@ def _run(on: OnText, made: Mapping[str, Site], how: RunOptions) -> dict[str, Rou
     return {probe.name: probe for probe in routers}
 
 
-def _probe(live: Live, site: Site, made: Mapping[str, Site]) -> RouterProbe:
+def _probe(
+    live: Live, site: Site, made: Mapping[str, Site], held: dict[str, Tensor]
+) -> RouterProbe:
     check_finite(live.adapter, site, *site.load().values())
     module, _ = live.module(site)
     fixed = made.get(name_of(site))
-    return RouterProbe(site, module, None if fixed is None else live.probe(fixed))
+    return RouterProbe(site, module, None if fixed is None else live.probe(fixed), held)
 
 
 def note_of(modules: int, calibration: Calibration | None) -> list[str]:

@@ -50,10 +50,14 @@ class SiteWeights:
         return self.shares[name_of(site)][0].info.shape[2:]
 
     def _seen(self, share: Share, *, stack: bool) -> Array:
-        w = self.model.weights.read(share.part.tensor).astype(np.float32)
-        self.model.weights.release(share.part.tensor)
+        w = self._stored(share)
         w = w if stack else w.reshape(len(w), -1)
         return np.ascontiguousarray(w.swapaxes(-1, -2)) if share.turned else w
+
+    def _stored(self, share: Share) -> Array:
+        w = self.model.weights.read(share.part.tensor).astype(np.float32)
+        self.model.weights.release(share.part.tensor)
+        return w
 
     def _stacked(self, shares: Sequence[Share]) -> Array:
         """One matrix for each expert, of a few tensors on top of each other."""
@@ -63,8 +67,11 @@ class SiteWeights:
         experts = []
         for _, of in sorted(parts.items()):
             rows = sorted(of, key=lambda s: s.part.rows or (0, 0))
-            experts.append(np.concatenate([self._seen(s, stack=False) for s in rows]))
-        return np.stack(experts)
+            experts.append(np.concatenate([self._stored(s) for s in rows]))
+        turned = shares[0].turned
+        return (
+            np.ascontiguousarray(np.stack(experts).swapaxes(1, 2)) if turned else np.stack(experts)
+        )
 
 
 def site_weights(model: Model, adapter: Adapter, *, routed: bool = False) -> SiteWeights:

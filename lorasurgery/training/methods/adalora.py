@@ -7,14 +7,14 @@ the budget leaves out has E = 0 and may come back, until the last --t-final step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.errors import UsageError
-from lorasurgery.training.method import Factors, Hooks, Place, Wanted
-from lorasurgery.training.methods.lora import RANK, groups
+from lorasurgery.training.method import Hooks, Wanted
+from lorasurgery.training.methods.lora import RANK, groups, start
 
 if TYPE_CHECKING:
     from lorasurgery.training.adapted import Adapted
@@ -137,23 +137,6 @@ def configure(wanted: Wanted, options: Any) -> AdapterConfig:
         "beta2": betas[1], "orth_reg_weight": options.orthogonality, "total_step": wanted.steps,
     }  # fmt: skip
     return AdapterConfig(VARIANT, plan.first, float(alpha), extra=extra)
-
-
-def start(
-    places: Sequence[Place], config: AdapterConfig, options: Any, seed: int
-) -> Mapping[str, Factors]:
-    """E = 0. Raises UsageError for an embedding, which has no file to be written to."""
-    from torch import nn
-
-    from lorasurgery.training.start import each
-
-    for place in places:
-        if isinstance(place.base, nn.Embedding):
-            raise UsageError(
-                f"--target-modules: {place.module} is an embedding, and AdaLoRA's files hold linear "
-                "layers alone. Leave it out."
-            )
-    return each(places, config, seed)
 
 
 def hooks(layers: Mapping[str, Adapted], wanted: Wanted, options: Any) -> Hooks:

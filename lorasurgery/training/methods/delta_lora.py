@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasurgery.adapter import AdapterConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["RATE", "TRAINED", "VARIANT", "Options", "configure", "groups", "hooks", "start"]
 
 VARIANT = "delta_lora"
+BASE_DELTA = "base_delta.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,10 @@ class Options:
     )
     start: int = field(
         default=500, metadata={"help": "W moves after steps past this one; -1: from the first on."}
+    )
+    save_base_delta: bool = field(
+        default=False,
+        metadata={"help": "Write what W has moved by as well, into base_delta.safetensors."},
     )
 
 
@@ -57,15 +63,15 @@ def configure(wanted: Wanted, options: Any) -> AdapterConfig:
 
 def hooks(layers: Mapping[str, Adapted], wanted: Wanted, options: Any) -> Hooks:
     """The snapshot."""
-    return Snapshot(layers, options.start)
+    return Snapshot(layers, options)
 
 
 class Snapshot(Hooks):
     """A₀ and B₀ go along with A and B until W begins to move: its first move is that of step start + 2."""
 
-    def __init__(self, layers: Mapping[str, Adapted], start: int) -> None:
+    def __init__(self, layers: Mapping[str, Adapted], options: Options) -> None:
         super().__init__(layers)
-        self._start, self._step = start, 0
+        self._options, self._step = options, 0
 
     def after(self, step: int) -> None:
         self._step = step
@@ -79,9 +85,16 @@ class Snapshot(Hooks):
         self._step = int(state["step"])
         self._follow()
 
+    def beside(self, folder: Path, names: Mapping[str, str]) -> None:
+        """λ s (B A - B₀ A₀) of each weight, float32, as the base stores it: W with it and LoRA's B A are the result."""
+        if self._options.save_base_delta:
+            from lorasurgery.training.base_delta import write
+
+            write(folder / BASE_DELTA, self.layers, names)
+
     def _follow(self) -> None:
         # the paper counts updates from 0
-        if self._step > self._start + 1:
+        if self._step > self._options.start + 1:
             return
         for layer in self.layers.values():
             for name in TRAINED:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RATE", "TRAINED", "VARIANT", "Options", "configure", "groups", "hooks", "start"]
 
-TRAINED = ("B",)
+TRAINED = ("B", "m")
 RATE = 3e-3
 
 
@@ -33,6 +33,7 @@ class Options:
     fa_projection: bool = field(
         default=False, metadata={"help": "Project B's gradient onto what A can reach."}
     )
+    dora: bool = field(default=False, metadata={"help": "DoRA's magnitudes as well."})
 
 
 def configure(wanted: Wanted, options: Any) -> AdapterConfig:
@@ -42,7 +43,11 @@ def configure(wanted: Wanted, options: Any) -> AdapterConfig:
             f"--dropout {wanted.dropout:g}: keeps a mask of x's size for each module, which is all that "
             "lora-fa saves. Take it away, or train with --method lora."
         )
-    return config_of(VARIANT, wanted)
+    if options.dora and options.fa_projection:
+        raise UsageError(
+            "--fa-projection: is derived for W + s B A, and --dora scales its rows. Take one of them away."
+        )
+    return config_of("dora" if options.dora else VARIANT, wanted)
 
 
 def hooks(layers: Mapping[str, Adapted], wanted: Wanted, options: Any) -> Hooks:

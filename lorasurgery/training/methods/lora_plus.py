@@ -14,10 +14,11 @@ from lorasurgery.adapter import AdapterConfig
 from lorasurgery.errors import UsageError
 from lorasurgery.training.method import Group, Named, Rates, Wanted
 from lorasurgery.training.methods import lora
-from lorasurgery.training.methods.lora import TRAINED, VARIANT, config_of, hooks, start
+from lorasurgery.training.methods.lora import VARIANT, config_of, hooks, start
 
 __all__ = ["RATE", "TRAINED", "VARIANT", "Options", "configure", "groups", "hooks", "start"]
 
+TRAINED = ("A", "B", "m")
 # of A: B's is RATIO times as much
 RATE = 2e-4
 
@@ -33,13 +34,14 @@ class Options:
     compat: Literal["none", "peft"] = field(
         default="none", metadata={"help": "peft: vectors have B's rate too."}
     )
+    dora: bool = field(default=False, metadata={"help": "DoRA's magnitudes as well."})
 
 
 def configure(wanted: Wanted, options: Any) -> AdapterConfig:
     """Raises UsageError for a ratio that is no positive number."""
     if not 0 < options.ratio < float("inf"):
         raise UsageError(f"--ratio {options.ratio:g}: is no positive number. 16 is the paper's.")
-    return config_of(VARIANT, wanted)
+    return config_of("dora" if options.dora else VARIANT, wanted)
 
 
 def groups(named: Sequence[Named], rates: Rates, options: Any) -> list[Group]:

@@ -54,7 +54,9 @@ def start(
 
     from lorasurgery.adapters.vera import projections
     from lorasurgery.training.adapted import dense
+    from lorasurgery.training.start import check
 
+    check(places, VARIANT)
     widest_out = max(place.sides[0] for place in places)
     widest_in = max(place.sides[1] for place in places)
     rng = torch.Generator().manual_seed(options.projection_key)

@@ -44,10 +44,24 @@ class NF4Linear(nn.Module):
         for name, tensor in parts.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    def as_parameters(self) -> None:
+        """Codes and scales as what FSDP2 deals out; the table and the offset are too small to be."""
+        for name in ("weight", "absmax", "nested"):
+            held = self._buffers[name]
+            if held is not None:
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(held, requires_grad=False))
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All tensors that the weight is made of."""
+        every = (self.weight, self.absmax, self.table, self.nested, self.offset)
+        return [part for part in every if part is not None]
+
     @property
     def packed_bytes(self) -> int:
-        """What the weight takes."""
-        return sum(b.nbytes for b in self.buffers())
+        """What the weight takes, in all processes together."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype, or in autocast's."""
@@ -64,14 +78,19 @@ class NF4Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """W [out, in] in float32, made anew at each call."""
-        scales = self.absmax
+        scales = _whole(self.absmax)
         if self.nested is not None:
-            scales = double_dequantize.run(scales, self.nested, self.offset)
+            scales = double_dequantize.run(scales, _whole(self.nested), self.offset)
         n, kind = self.out_features * self.in_features, cast(Any, torch.float32)
-        flat = nf4_dequantize.run(self.weight, scales, self.block, n, kind, self.table)
+        flat = nf4_dequantize.run(_whole(self.weight), scales, self.block, n, kind, self.table)
         return flat.view(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}"
         )
+
+
+def _whole(part: Tensor) -> Tensor:
+    """Of a piece of it: every process asks for the whole at once."""
+    return cast(Any, part).full_tensor() if hasattr(part, "full_tensor") else part
