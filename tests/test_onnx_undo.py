@@ -90,12 +90,8 @@ def test_a_divided_weight_and_one_of_float16_come_back(tmp_path: Path) -> None:
 
 
 def test_what_was_mapped_by_hand_needs_no_map_to_come_back(tmp_path: Path) -> None:
-    nodes = [
-        h.make_node("MatMul", ["x", "one"], ["h"], "first"),
-        h.make_node("MatMul", ["h", "two"], ["y"], "second"),
-    ]
-    weights = {"one": made.drawn(8, 8), "two": made.drawn(8, 8, seed=1)}
-    base = made.save(tmp_path / "m.onnx", nodes, weights, (8, 8))
+    base = tmp_path / "m.onnx"
+    made.nameless(base)
     adapter = made.adapter(tmp_path / "a", {"up": (8, 8), "down": (8, 8)})
     (tmp_path / "map.yaml").write_text("up: second\ndown: one\n")
     out, undo, back = (tmp_path / name for name in ("o.onnx", "u", "b.onnx"))
@@ -178,3 +174,33 @@ def test_a_merge_that_keeps_too_little_leaves_no_undo_file(tmp_path: Path) -> No
     )  # fmt: skip
     assert result.exit_code == 3
     assert {f.name for f in tmp_path.iterdir()} == {"m.onnx", "a"}
+
+
+# --- Gemm either way
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_gemm_of_either_orientation_goes_through_every_operation(
+    tmp_path: Path, turned: bool, apart: bool
+) -> None:
+    w, x = made.drawn(33, 70), made.drawn(4, 70)
+    node = h.make_node("Gemm", ["x", "up.weight"], ["y"], "/up/Gemm", transB=int(not turned))
+    held = {"up.weight": w.T.copy() if turned else w}
+    base = made.save(tmp_path / "m.onnx", [node], held, (70, 33))
+    if apart:
+        base = beside(base, tmp_path / "e.onnx", "weights.bin")
+    adapter = made.adapter(tmp_path / "a", {"up": (33, 70)})
+    out, undo, back = tmp_path / "o.onnx", tmp_path / "u", tmp_path / "back" / "b.onnx"
+    back.parent.mkdir()
+    done("merge", base, adapter, "-o", out, "--undo", undo)
+    want = x @ (w + made.delta(adapter, "up")).T
+    np.testing.assert_allclose(made.run(out, x), want, rtol=1e-4, atol=1e-6)
+    assert "verdict    holds" in done("verify", out, "--base", base, "-a", adapter).stdout
+    done("unmerge", out, adapter, "-o", back, "--undo", undo)
+    assert back.read_bytes() == base.read_bytes()
+    done("quantize", out, "-o", tmp_path / "q.onnx", "--weights", "int8")
+    onnx.checker.check_model(tmp_path / "q.onnx")
+    near = made.run(tmp_path / "q.onnx", x)
+    # a step is a 254th of a block's range, and rounding loses up to half of one
+    assert np.linalg.norm(near - want) < 0.02 * np.linalg.norm(want)

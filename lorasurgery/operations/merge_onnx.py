@@ -59,10 +59,7 @@ def merge_onnx(
     Raises MatchError for a part that has no place, VerificationError where less was kept than asked for.
     """
     started = time.perf_counter()
-    if output:
-        check_file(output, base, overwrite=how.output.overwrite)
-    if output and options.undo:
-        check_target(options.undo, output, overwrite=how.output.overwrite)
+    _check_places(base, output, options, overwrite=how.output.overwrite)
     edited = open_for_surgery(base)
     model, view = open_modules(edited.file, options.names)
     opened = [(plain(adapter), weight) for adapter, weight in open_adapters(adapters, model)]
@@ -89,6 +86,15 @@ def merge_onnx(
             assemble()
 
         return deliver(edited, output, how, replace(deed, check=complete))
+
+
+def _check_places(
+    base: Path, output: Path | None, options: OnnxMergeOptions, *, overwrite: bool
+) -> None:
+    if output:
+        check_file(output, base, overwrite=overwrite)
+        if options.undo:
+            check_target(options.undo, output, overwrite=overwrite)
 
 
 def _report(
