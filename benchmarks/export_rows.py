@@ -54,25 +54,31 @@ def decode_nf4(setting: Setting) -> Row:
     _once(Contender("", (*OURS, "quantize", base, "-o", packed), packed))
     _once(Contender("", (*OURS, "export", packed, "-o", graph, "--weights", "nf4"), graph))
     peer = "transformers + bitsandbytes"
+    dtypes = ("float32",) if _toy(setting) else ("float32", "bfloat16")
     sides = [
         _Decoding("lorasurgery", graph),
-        *(_Decoding(f"{peer}, {d}", packed, d) for d in ("float32", "bfloat16")),
+        *(_Decoding(f"{peer}, {d}", packed, d) for d in dtypes),
     ]
     return _raced(setting, "nf4", sides)
 
 
 def _int4(setting: Setting) -> tuple[Contender, Contender]:
-    """Ours, and the builder's own with the options that ours has."""
+    """Ours, and the builder's own."""
     base, home = _base(setting), _home(setting)
     ours, theirs = home / "onnx-int4", home / "genai-int4"
-    builder = (
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", base, "-o", theirs, "-p", "int4",
-        "-e", "cpu", "-c", home / "cache", "--extra_options", "hf_token=false", "accuracy_level=4",
-    )  # fmt: skip
     return (
         Contender("lorasurgery", (*OURS, "export", base, "-o", ours, "--weights", "int4"), ours),
-        Contender("onnxruntime-genai's builder", builder, theirs),
+        Contender("onnxruntime-genai's builder", genai_int4(base, theirs), theirs),
     )
+
+
+def genai_int4(base: Path, output: Path) -> tuple[str | Path, ...]:
+    """The command of onnxruntime-genai's own export, with the options that ours has."""
+    return (
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", base, "-o", output, "-p", "int4",
+        "-e", "cpu", "-c", output.with_name("cache"), "--extra_options", "hf_token=false",
+        "accuracy_level=4",
+    )  # fmt: skip
 
 
 def _once(made: Contender) -> None:

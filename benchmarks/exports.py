@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.export_rows import genai_int4
 from benchmarks.processes import run
 from benchmarks.racing import OURS
 from benchmarks.run import HERE, say
 
 TEXT = HERE / "texts" / "moby-dick.txt"
 RESULT = HERE / "results" / "exports.json"
+GENAI = "onnxruntime-genai's own int4"
 EXPORTS: Mapping[str, tuple[str, ...]] = {
     "NF4": ("--to", "transformers", "--weights", "nf4"),
     **{f"ONNX {w}": ("--weights", w) for w in ("fp32", "nf4", "int8", "int4")},
     "ONNX int4, zero points": ("--weights", "int4", "--zero-points"),
+    GENAI: (),
     **{f"GGUF {kind}": ("--to", "gguf", "--type", kind) for kind in ("f16", "q8_0", "q4_0", "q4_1")},
 }  # fmt: skip
 
@@ -48,18 +53,27 @@ def size(folder: Path) -> float:
 
 def measure(base: Path, text: Path, scratch: Path, name: str) -> tuple[Measured, Measured]:
     """The base, and an export of it that is made now."""
-    out, source = scratch / name.lower().replace(", ", "-").replace(" ", "-"), base
-    if name == "ONNX nf4":
-        # the same codes: scales are rounded where an NF4 directory is written, and nowhere else
-        source = scratch / "nf4"
-        run((*OURS, "export", base, "-o", source, "--overwrite", *EXPORTS["NF4"]))
-    made = run((*OURS, "export", source, "-o", out, "--overwrite", *EXPORTS[name]))
+    out = scratch / re.sub(r"\W+", "-", name.lower())
+    made = run(_command(name, base, out))
     found = json.loads(run((*OURS, "evaluate", base, out, "--text", text, "--json")).stdout)
     say(f"{name}: {found['tokens']} tokens, perplexity {found['other_perplexity']:.3f}")
     return Measured("base", found["runtime"], found["perplexity"], size(base)), Measured(
         name, found["other_runtime"], found["other_perplexity"], size(out), found["divergence"],
         found["agreement"], made.seconds, made.peak_mib,
     )  # fmt: skip
+
+
+def _command(name: str, base: Path, out: Path) -> tuple[str | Path, ...]:
+    """What makes an export."""
+    if name == GENAI:
+        shutil.rmtree(out, ignore_errors=True)
+        return genai_int4(base, out)
+    if name == "ONNX nf4":
+        # the same codes: scales are rounded where an NF4 directory is written, and nowhere else
+        packed = out.with_name("nf4")
+        run((*OURS, "export", base, "-o", packed, "--overwrite", *EXPORTS["NF4"]))
+        base = packed
+    return (*OURS, "export", base, "-o", out, "--overwrite", *EXPORTS[name])
 
 
 def table(rows: list[Measured]) -> str:
