@@ -11,10 +11,12 @@ from benchmarks import adapter_rows, export_rows, train_rows
 from benchmarks.processes import run
 from benchmarks.racing import OURS, PEERS, Contender, Row, Setting, Side, alternate, compare
 
+LEAST = 15  # runs of what takes milliseconds
+
 
 def nf4(setting: Setting) -> Row:
     """In process, both warm, bytes compared first."""
-    repeats = str(max(5, setting.repeats))
+    repeats = str(max(LEAST, setting.repeats))
     times = json.loads(run((sys.executable, "-m", "benchmarks.nf4_in_process", repeats)).stdout)
     sides = Side("lorasurgery", times["ours"]), Side("bitsandbytes", times["peer"])
     return Row("NF4 + double quantization, 4096 x 4096 bf16, in process", sides)
@@ -22,7 +24,7 @@ def nf4(setting: Setting) -> Row:
 
 def kernel(name: str, title: str, setting: Setting) -> Row:
     """One of benchmarks.kernels_in_process; the results are compared there."""
-    repeats = str(max(5, setting.repeats))
+    repeats = str(max(LEAST, setting.repeats))
     done = run((sys.executable, "-m", "benchmarks.kernels_in_process", name, repeats))
     times = json.loads(done.stdout)
     return Row(f"{title}, in process", tuple(Side(who, seconds) for who, seconds in times.items()))

@@ -105,7 +105,7 @@ PEFT_REFUSES = {
 }
 # where PEFT adapts nothing, without a word
 PEFT_IGNORES = {("OSF", "gpt2"), ("OSF", "convolutions")}
-# where PEFT's running layer is not the weight that it merges: it sums the overlaps of a kernel's windows
+# where PEFT's running layer computes something else than the weight that it merges, which is ours
 PEFT_DIFFERS = {("OFT", "convolutions")}
 CELLS = [(name, kind) for name in ROWS for kind in TARGETS]
 
