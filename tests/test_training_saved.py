@@ -18,6 +18,8 @@ from tests.training_case import TEXT, begin, options, save_base
 # 0.8 million parameters: rows are so long that rank 8 is little beside them
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 
+SHORT = ("-m", "lora-fa", "--steps", 2, "--batch", 2, "--length", 48, "--device", "cpu")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -78,21 +80,8 @@ def test_what_lora_keeps_is_each_input_that_the_base_does_not_keep_and_its_own_p
 
 
 def test_a_report_changes_no_bit_of_the_run(base, tmp_path):
-    more = (
-        "-m",
-        "lora-fa",
-        "--steps",
-        2,
-        "--batch",
-        2,
-        "--length",
-        48,
-        "--device",
-        "cpu",
-        "--json",
-    )
     one, two = (
-        done("train", base, "--data", TEXT, "-o", tmp_path / name, *more, *flag)
+        done("train", base, "--data", TEXT, "-o", tmp_path / name, *SHORT, "--json", *flag)
         for name, flag in (("one", ()), ("two", ("--mem-report",)))
     )
     name = "adapter_model.safetensors"
@@ -107,20 +96,7 @@ def test_a_report_changes_no_bit_of_the_run(base, tmp_path):
 
 
 def test_it_is_told_as_a_table(base):
-    flags = (
-        "-m",
-        "lora-fa",
-        "--steps",
-        2,
-        "--batch",
-        2,
-        "--length",
-        48,
-        "--device",
-        "cpu",
-        "--mem-report",
-    )
-    said = done("train", base, "--data", TEXT, "--dry-run", *flags)
+    said = done("train", base, "--data", TEXT, "--dry-run", *SHORT, "--mem-report")
     titles = [re.split(r"\s{2,}", line.strip())[0] for line in said.splitlines()]
     assert titles[4:-1] == [
         "kept for backward", "by the base alone", "for the adapter", "with A and B trained", "for that adapter",
