@@ -9,13 +9,8 @@ import numpy as np
 from lorasurgery.kernels._floats import load, nearest
 from lorasurgery.kernels._lora_cpu import CHUNK, _four_rows, _take
 from lorasurgery.kernels._moments_cpu import measure
-from lorasurgery.kernels._nf4_cpu import (
-    SPAN,
-    _count,
-    _normalize,
-    _pack,
-    _raise_by_chance,
-)
+from lorasurgery.kernels._nf4_count import cells, count_below
+from lorasurgery.kernels._nf4_cpu import SPAN, _normalize, _pack, _raise_by_chance
 from lorasurgery.kernels._nf4_lookup import look_up
 from lorasurgery.kernels._numba import inner, jit
 
@@ -25,32 +20,27 @@ f4, u8, i1 = np.float32, np.uint64, np.uint8
 
 
 @jit
-def merge(
-    packed: Any, dense: Any, seen: Any, block: Any, factors: Any, tables: Any, rule: Any, out: Any
-) -> Any:
+def merge(base: Any, factors: Any, tables: Any, keep: Any, chance: Any, out: Any) -> Any:
     """Fill out's codes, scales and moments.
 
     Args:
-        packed: W as (codes, absmax, an array of the dtype that they decode to), or None.
-        dense: W flat, or None.
-        seen: flat, what the moments take W for; None: W.
-        block: weights that share one scale, in and out.
+        base: (packed, dense, seen, block). W is packed (codes, absmax, an array of the dtype that they
+            decode to), or flat, the other is None; the moments take it for `seen`, None: for itself.
         factors: (a, b), float32 [r, columns] and [rows, r].
         tables: (pairs, middles, levels), as `quantize` and `dequantize` take them.
-        rule: (whether out's scales are given, None or two keys and the index of the first weight).
+        keep: whether out's scales are given.
+        chance: None, or two keys and the index of the first weight.
         out: (codes, absmax, moments).
 
     """
-    (a, b), (keep, chance) = factors, rule
+    (a, b), (packed, dense, seen, block) = factors, base
     rows, columns = len(b), a.shape[1]
     step = _step(columns, block)
     chunk, made = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     d, x, wide = np.empty(step * columns, f4), np.empty(SPAN, f4), np.empty(SPAN, f4)
-    nibbles, words, levels = (
-        np.empty(SPAN + 1, i1),
-        np.empty(SPAN // 2, u8),
-        np.empty(SPAN // 2, u8),
-    )
+    words, levels = np.empty(SPAN // 2, u8), np.empty(SPAN // 2, u8)
+    nibbles, bounds = np.empty(SPAN + 1, i1), tables[1] if chance is None else tables[2][0][1:]
+    found = cells(bounds)
     for top in range(0, rows, step):
         count = min(step, rows - top)
         _delta(a, b[top : top + count], chunk, made, d)
@@ -66,7 +56,9 @@ def merge(
             here, end = first // block, (first + size + block - 1) // block
             scales, moments = out[1][here:end], out[2][here:end]
             _normalize(wide[:size], block, keep, scales, x)
-            _choose(x, tables, chance, first, nibbles)
+            count_below(x, bounds, found, nibbles)
+            if chance is not None:
+                _raise_by_chance(x[:size], tables[2], chance, first, nibbles)
             if size % 2:
                 nibbles[size] = 7
             _pack(nibbles, codes)
@@ -119,13 +111,3 @@ def _take_over(dense: Any, first: Any, old: Any) -> Any:
         source = dense[first : first + len(old)]
         for j in range(len(old)):
             old[j] = load(source[j])
-
-
-@inner
-def _choose(x: Any, tables: Any, chance: Any, first: Any, nibbles: Any) -> Any:
-    """Codes of a span, of which what lies beyond the last weight is computed with, and not used."""
-    if chance is None:
-        _count(x, tables[1], nibbles)
-    else:
-        _count(x, tables[2][0][1:], nibbles)
-        _raise_by_chance(x, tables[2], chance, first, nibbles)

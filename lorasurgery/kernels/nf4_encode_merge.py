@@ -95,9 +95,9 @@ def cpu(
     scales = np.empty(blocks, np.float32) if absmax is None else absmax.copy()
     chance = None if seed is None else (*keys(seed), np.uint64(offset))
     tables = nf4_dequantize.pairs(NF4.tobytes()), nf4_quantize.MIDDLES, nf4_quantize.LEVELS
-    dense, out = source(w).reshape(-1), (codes, scales, moments)
-    seen = None if base is None else source(base).reshape(-1)
-    merge(None, dense, seen, block, (source(a), source(b)), tables, (keep, chance), out)
+    seen, out = None if base is None else source(base).reshape(-1), (codes, scales, moments)
+    weights = None, source(w).reshape(-1), seen, block
+    merge(weights, (source(a), source(b)), tables, keep, chance, out)
     return out
 
 

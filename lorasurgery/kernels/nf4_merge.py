@@ -82,11 +82,9 @@ def cpu(
     moments = np.empty((len(absmax), nf4_moments.COUNT))
     chance = None if seed is None else (*keys(seed), np.uint64(offset))
     tables = nf4_dequantize.pairs(NF4.tobytes()), nf4_quantize.MIDDLES, nf4_quantize.LEVELS
-    base, out = (
-        (source(codes), source(absmax), source(np.zeros(1, dtype))),
-        (packed, scales, moments),
-    )
-    merge(base, None, None, block, (source(a), source(b)), tables, (keep, chance), out)
+    packed_base = source(codes), source(absmax), source(np.zeros(1, dtype))
+    base, out = (packed_base, None, None, block), (packed, scales, moments)
+    merge(base, (source(a), source(b)), tables, keep, chance, out)
     return out
 
 
