@@ -35,13 +35,7 @@ def matvec(
         for j in range(n):
             wide[k, j] = load(x[k, j])
     for i in range(out.shape[1]):
-        start = (first + i) * n
-        if n % 2 == 0 and n % block == 0:
-            look_up(codes[start // 2 : (start + n) // 2], pairs, values)
-            _scale(w[:n], absmax[start // block : (start + n) // block], block, x)
-        else:
-            _decode_across(codes, absmax, block, pairs.view(f4), start, w[:n])
-            _round(w[:n], x)
+        decode(codes, (absmax, block), pairs, x, (first + i) * n, values)
         for k in range(m):
             out[k, i] = _dot(w, wide[k], sums)
 
@@ -64,7 +58,19 @@ def _wide(codes: Any, scales: Any, pairs: Any, x: Any, first: Any, out: Any) -> 
         for k in range(m):
             row(codes[start // 2 : (start + n) // 2], here, apart[k], size, mixed)
             gather(mixed, sums)
-            out[k, i] = _by_halves(sums)
+            out[k, i] = by_halves(sums)
+
+
+@inner
+def decode(codes: Any, scales: Any, pairs: Any, x: Any, start: Any, values: Any) -> Any:
+    """The weights from `start` on that a row of x [m, in] meets, as pairs of float32 rounded to x's dtype."""
+    (absmax, block), n, w = scales, x.shape[1], values.view(f4)
+    if n % 2 == 0 and n % block == 0:
+        look_up(codes[start // 2 : (start + n) // 2], pairs, values)
+        _scale(w[:n], absmax[start // block : (start + n) // block], block, x)
+    else:
+        _decode_across(codes, absmax, block, pairs.view(f4), start, w[:n])
+        _round(w[:n], x)
 
 
 @inner
@@ -115,11 +121,12 @@ def _dot(w: Any, x: Any, sums: Any) -> Any:
         for k in range(LANES):
             sums[k] += a[k] * b[k]
         at += LANES
-    return _by_halves(sums)
+    return by_halves(sums)
 
 
 @inner
-def _by_halves(sums: Any) -> Any:
+def by_halves(sums: Any) -> Any:
+    """The sum of 64 numbers, in place."""
     width = LANES // 2
     while width:
         for k in range(width):
