@@ -110,7 +110,7 @@ def launch(
         merge[(-(-len(scales) // rows),)](
             *inputs, packed, scales, moments, table, n, a.shape[1], len(a), offset, k1, k2,
             KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype), BLOCK=block, ROWS=rows,
-            num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
+            num_warps=max(config["num_warps"], block // 256), enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
