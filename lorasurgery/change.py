@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from lorasurgery.arrays import Array
+from lorasurgery.device import HOST, Device
 from lorasurgery.kernels import lora_delta, lora_merge
 from lorasurgery.tensors import TensorInfo
 
@@ -34,7 +35,9 @@ class Piece(Protocol):
         """The change itself, float32."""
         ...
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged: ...
+    def merge(
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
+    ) -> Merged: ...
 
     def before(self, merged: Array, dtype: Any) -> Array:
         """What W was, as well as W' tells; the same bits on every machine."""
@@ -51,8 +54,11 @@ class Factors:
     def rows(self) -> Array:
         return lora_delta.run(self.a, self.b)
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
-        return lora_merge.run(w, self.a, self.b, dtype, seed, offset)
+    def merge(
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
+    ) -> Merged:
+        merged: Merged = device.run(lora_merge, w, self.a, self.b, dtype, seed, offset)
+        return merged
 
     def before(self, merged: Array, dtype: Any) -> Array:
         was: Array = lora_merge.run(merged, self.a, -self.b, dtype)[0]
@@ -68,7 +74,14 @@ class Given:
     def rows(self) -> Array:
         return self.d
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
+    def merge(
+        self,
+        w: Array,
+        dtype: Any,
+        seed: int | None = None,
+        offset: int = 0,
+        device: Device = HOST,  # noqa: ARG002 - added here
+    ) -> Merged:
         wide = w.astype(np.float32, copy=False)
         merged: Array = _none(wide).merge(wide + self.d, dtype, seed, offset)[0]
         made = merged.astype(np.float32) - wide
@@ -96,7 +109,14 @@ class Made:
             made[part] = self._given(part).d
         return made
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
+    def merge(
+        self,
+        w: Array,
+        dtype: Any,
+        seed: int | None = None,
+        offset: int = 0,
+        device: Device = HOST,  # noqa: ARG002 - as Given's
+    ) -> Merged:
         if self.fused:
             return self.fused(w, self.start, dtype, (seed, offset))
         merged = np.empty(w.shape, dtype)

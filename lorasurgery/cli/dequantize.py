@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from lorasurgery.cli._options import Base, Dtype, Printing, Writing
+from lorasurgery.cli._options import Base, DeviceName, Dtype, Printing, Writing
 from lorasurgery.cli._report import carry_out
 from lorasurgery.tensors import DTYPE_NAMES
 
 
-def command(base: Base, dtype: Dtype = "auto", *, writing: Writing, printing: Printing) -> None:
+def command(
+    base: Base,
+    dtype: Dtype = "auto",
+    device: DeviceName = "cpu",
+    *,
+    writing: Writing,
+    printing: Printing,
+) -> None:
     """Write an NF4 or FP4 model as a plain one.
 
     Example:
@@ -18,4 +25,6 @@ def command(base: Base, dtype: Dtype = "auto", *, writing: Writing, printing: Pr
     from lorasurgery.operations.dequantize import dequantize
 
     source, code = resolve(base), DTYPE_NAMES.get(dtype)
-    carry_out(lambda output, how: dequantize(source, output, code, how), writing, printing)
+    carry_out(
+        lambda output, how: dequantize(source, output, code, how), writing, printing, device=device
+    )

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorasurgery.cli._options import AllowUnmatched, Base, Dtype, Printing, Writing, refuse_flags
+from lorasurgery.cli._options import (
+    AllowUnmatched,
+    Base,
+    DeviceName,
+    Dtype,
+    Printing,
+    Writing,
+    refuse_flags,
+)
 from lorasurgery.cli._report import carry_out
 from lorasurgery.errors import UsageError
 
@@ -63,6 +71,7 @@ def command(
     ] = None,
     dtype: Dtype = "auto",
     allow_unmatched: AllowUnmatched = None,
+    device: DeviceName = "cpu",
     *,
     writing: Writing,
     printing: Printing,
@@ -92,7 +101,7 @@ def command(
         foreign = {
             "--base-view": base_view != "dequantized", "--original": original,
             "--requantize": requantize, "--tied": tied != "auto", "--plot": plot,
-            "--dtype": dtype != "auto",
+            "--dtype": dtype != "auto", "--device": device != "cpu",
         }  # fmt: skip
         refuse_flags(source, writing, foreign)
         onnx = OnnxMergeOptions(
@@ -123,7 +132,10 @@ def command(
     if plot:
         check_file(plot)
     report = carry_out(
-        lambda output, how: merge(source, adapter, output, options, how), writing, printing
+        lambda output, how: merge(source, adapter, output, options, how),
+        writing,
+        printing,
+        device=device,
     )
     if plot:
         kept = {r.name: r.metrics["retained"] for r in report.results if "retained" in r.metrics}
