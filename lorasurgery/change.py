@@ -21,8 +21,8 @@ from lorasurgery.tensors import TensorInfo
 Merged: TypeAlias = tuple[Array, float, float, float]
 # rows start:stop of a weight, or of what is made of them
 Rows: TypeAlias = Callable[[int, int], Array]
-# what Piece.merge does, of rows from the given one on: (W, first row, dtype, (seed, offset))
-Fused: TypeAlias = Callable[[Array, int, Any, tuple[int | None, int]], Merged]
+# what Piece.merge does, of rows from the given one on: (W, first row, dtype, (seed, offset), device)
+Fused: TypeAlias = Callable[[Array, int, Any, tuple[int | None, int], Device], Merged]
 
 # from 128 KiB on, malloc would map and unmap each of the arrays that a few rows are made into
 _ELEMENTS = 16 << 10
@@ -75,15 +75,10 @@ class Given:
         return self.d
 
     def merge(
-        self,
-        w: Array,
-        dtype: Any,
-        seed: int | None = None,
-        offset: int = 0,
-        device: Device = HOST,  # noqa: ARG002 - added here
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
     ) -> Merged:
         wide = w.astype(np.float32, copy=False)
-        merged: Array = _none(wide).merge(wide + self.d, dtype, seed, offset)[0]
+        merged: Array = _none(wide).merge(wide + self.d, dtype, seed, offset, device)[0]
         made = merged.astype(np.float32) - wide
         noise = made - self.d
         return merged, _dot(made, self.d), _dot(self.d, self.d), _dot(noise, noise)
@@ -110,15 +105,10 @@ class Made:
         return made
 
     def merge(
-        self,
-        w: Array,
-        dtype: Any,
-        seed: int | None = None,
-        offset: int = 0,
-        device: Device = HOST,  # noqa: ARG002 - as Given's
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
     ) -> Merged:
         if self.fused:
-            return self.fused(w, self.start, dtype, (seed, offset))
+            return self.fused(w, self.start, dtype, (seed, offset), device)
         merged = np.empty(w.shape, dtype)
         sums = np.zeros(3)
         for part in self._parts():

@@ -14,8 +14,8 @@ from outputs import tree
 from safetensors.numpy import save_file
 
 from lorasurgery import device
+from lorasurgery.change import Given
 from lorasurgery.checkpoint import MANIFEST
-from lorasurgery.cli import _report
 from lorasurgery.codec import CodecOptions
 from lorasurgery.device import HOST, Gpu, opened
 from lorasurgery.errors import UsageError
@@ -131,7 +131,7 @@ def test_quantize_writes_the_same_bytes(tmp_path, launched, kind, double):
     source = base(tmp_path / "base", KINDS[kind])
     options = QuantizeOptions(CodecOptions(BLOCK, double))
     on_both(tmp_path, lambda out, run: quantize(source, out, options, run))
-    assert launched == {"nf4_quantize"}
+    assert launched == {"nf4_quantize", "nf4_error"}
 
 
 @pytest.mark.parametrize("dtype", [None, "F16", "F32"])
@@ -174,9 +174,23 @@ def test_a_merge_into_nf4_writes_the_same_bytes_and_the_same_undo_file(tmp_path,
     assert {"nf4_dequantize"} < launched
 
 
-def test_a_dora_s_merge_writes_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("seed", [None, 5], ids=["nearest", "stochastic"])
+def test_a_dora_s_merge_writes_the_same_bytes(tmp_path, launched, seed):
     source, dora = base(tmp_path / "base"), adapter(tmp_path / "dora", use_dora=True)
-    on_both(tmp_path, lambda out, run: merge(source, [str(dora)], out, MergeOptions(), run))
+    options = MergeOptions(rounding=Rounding(seed))
+    on_both(tmp_path, lambda out, run: merge(source, [str(dora)], out, options, run))
+    assert launched == {"dora_merge"}
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_change_that_no_factors_make_is_rounded_to_the_same_bits(seed):
+    w, d = (drawn.astype(np.float32) for drawn in np.random.default_rng(2).normal(size=(2, 13, 7)))
+    for kind in KINDS.values():
+        call = w.astype(kind), np.dtype(kind), seed, 3
+        ours, theirs = (Given(d).merge(*call, where) for where in (HOST, gpu()))
+        assert ours[0].tobytes() == theirs[0].tobytes()
+        assert ours[1:] == theirs[1:]
 
 
 def full(*_):
@@ -233,7 +247,7 @@ def call(command, folder, *flags):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_says_on_which_device_it_ran(inputs, launched, monkeypatch, command):
     asked = []
-    monkeypatch.setattr(_report, "opened", lambda name: asked.append(name) or gpu())
+    monkeypatch.setattr(device, "opened", lambda name: asked.append(name) or gpu())
     done = call(command, inputs, "--device", "cuda:0", "--report", inputs / "report.json")
     assert done.exit_code == 0, done.output
     assert asked == ["cuda:0"]
@@ -308,7 +322,8 @@ def test_a_gpu_is_named_by_its_number(monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "file"), [("quantize", "m.onnx"), ("merge", "m.onnx")])
-def test_a_graph_takes_no_device(tmp_path, command, file):
+def test_a_graph_takes_no_device(tmp_path, monkeypatch, command, file):
+    machine(monkeypatch, gpus=1)
     (tmp_path / file).touch()
     more = (tmp_path,) if command == "merge" else ()
     done = surgery(command, tmp_path / file, *more, "-o", tmp_path / "out", "--device", "cuda")

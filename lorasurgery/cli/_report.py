@@ -14,7 +14,7 @@ from lorasurgery.cli._errors import Interrupted
 from lorasurgery.cli._options import Printing, Writing
 from lorasurgery.cli._print import emit, pairs, table
 from lorasurgery.cli._progress import progress_bar
-from lorasurgery.device import HOST, Device, opened
+from lorasurgery.device import HOST, Device
 from lorasurgery.errors import UsageError
 from lorasurgery.operations.inspecting.folding import Fold, fold
 
@@ -27,17 +27,17 @@ Bar: TypeAlias = "Callable[..., AbstractContextManager[Progress]]"
 
 def carry_out(
     operation: Operation, writing: Writing, printing: Printing, bar: Bar = progress_bar,
-    device: str = HOST.name,
+    device: Device = HOST,
 ) -> Report:  # fmt: skip
     """Call the operation with the output (None: a dry run) and how to run; print its report."""
-    output, where = _output(writing), opened(device)
+    output = _output(writing)
     if printing.report and not printing.report.parent.is_dir():
         raise UsageError(
             f"--report: there is no directory {printing.report.parent}. Make it first."
         )
     try:
         with bar(quiet=printing.quiet) as progress:
-            report = operation(output, _how(writing, progress, where))
+            report = operation(output, _how(writing, progress, device))
     except KeyboardInterrupt:
         raise Interrupted(_left_behind(output)) from None
     except OSError as error:

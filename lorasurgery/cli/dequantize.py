@@ -21,10 +21,12 @@ def command(
 
         lorasurgery dequantize model-nf4 -o model-bf16 --dtype bfloat16
     """
+    from lorasurgery.device import opened
     from lorasurgery.model import resolve
     from lorasurgery.operations.dequantize import dequantize
 
+    where = opened(device)  # before anything is downloaded
     source, code = resolve(base), DTYPE_NAMES.get(dtype)
     carry_out(
-        lambda output, how: dequantize(source, output, code, how), writing, printing, device=device
+        lambda output, how: dequantize(source, output, code, how), writing, printing, device=where
     )

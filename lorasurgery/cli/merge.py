@@ -83,6 +83,7 @@ def command(
         lorasurgery merge org/model my-lora -o merged --undo merged.undo
         lorasurgery merge model.onnx my-lora -o merged.onnx
     """
+    from lorasurgery.device import opened
     from lorasurgery.model import resolve
     from lorasurgery.operations.inspecting.picture import Scale, check_file, heat_map
     from lorasurgery.operations.merge import advice, check, merge
@@ -93,6 +94,7 @@ def command(
     if rounding == "stochastic" and seed is None:
         raise UsageError("--rounding stochastic: needs --seed N, so that it can be repeated.")
     by_chance = "stochastic" in (rounding, requantize)
+    where = opened(device)  # before anything is downloaded
     source = resolve(base)
     if source.suffix == ".onnx":
         from lorasurgery.export._onnx_modules import read_map
@@ -135,7 +137,7 @@ def command(
         lambda output, how: merge(source, adapter, output, options, how),
         writing,
         printing,
-        device=device,
+        device=where,
     )
     if plot:
         kept = {r.name: r.metrics["retained"] for r in report.results if "retained" in r.metrics}

@@ -65,9 +65,11 @@ def command(
         lorasurgery quantize model.onnx -o int4.onnx --weights int4
     """
     from lorasurgery.codec import CodecOptions
+    from lorasurgery.device import opened
     from lorasurgery.model import resolve
     from lorasurgery.operations.quantize import QuantizeOptions, quantize
 
+    where = opened(device)  # before anything is downloaded
     source, wanted, unwanted = resolve(base), tuple(include or ()), tuple(exclude or ())
     integers = {"--zero-points": zero_points, "--accuracy-level": accuracy_level is not None}
     if weights == "nf4" and (given := [flag for flag, on in integers.items() if on]):
@@ -89,5 +91,5 @@ def command(
         )
     options = QuantizeOptions(CodecOptions(block_size or 64, double_quant), wanted, unwanted)
     carry_out(
-        lambda output, how: quantize(source, output, options, how), writing, printing, device=device
+        lambda output, how: quantize(source, output, options, how), writing, printing, device=where
     )
