@@ -8,13 +8,8 @@ import numpy as np
 
 from lorasurgery.kernels._floats import load, nearest
 from lorasurgery.kernels._lora_cpu import CHUNK, _four_rows, _take
-from lorasurgery.kernels._nf4_cpu import (
-    SPAN,
-    _count,
-    _normalize,
-    _pack,
-    _raise_by_chance,
-)
+from lorasurgery.kernels._nf4_count import cells, count_below
+from lorasurgery.kernels._nf4_cpu import SPAN, _normalize, _pack, _raise_by_chance
 from lorasurgery.kernels._nf4_lookup import look_up
 from lorasurgery.kernels._numba import inner, jit
 
@@ -44,6 +39,8 @@ def merge(base: Any, factors: Any, tables: Any, keep: Any, chance: Any, out: Any
     chunk, made = np.zeros((a.shape[0], CHUNK), f4), np.empty((4, CHUNK), f4)
     x, wide, nibbles = np.empty(SPAN, f4), np.empty(SPAN, f4), np.empty(SPAN + 1, i1)
     values = np.empty(SPAN // 2, u8)
+    bounds = tables[1] if chance is None else tables[2][0][1:]
+    found = cells(bounds)
     for top in range(0, rows, step):
         count = min(step, rows - top)
         _delta(a, b[top : top + count], chunk, made, d)
@@ -56,10 +53,8 @@ def merge(base: Any, factors: Any, tables: Any, keep: Any, chance: Any, out: Any
                 wide[j] = old[j] + change[j]
             scales = out[1][first // block : (first + size + block - 1) // block]
             _normalize(wide[:size], block, keep, scales, x)
-            if chance is None:
-                _count(x, tables[1], nibbles)
-            else:
-                _count(x, tables[2][0][1:], nibbles)
+            count_below(x, bounds, found, nibbles)
+            if chance is not None:
                 _raise_by_chance(x[:size], tables[2], chance, first, nibbles)
             if size % 2:
                 nibbles[size] = 7
