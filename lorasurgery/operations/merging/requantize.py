@@ -53,7 +53,7 @@ class Task:
             return self.packed
         state = self.packed.state
         options = CodecOptions(int(state["blocksize"]), "nested_blocksize" in state)
-        return self.codec.parts(self.packed.info, options)
+        return replace(self.codec.parts(self.packed.info, options), device=self.packed.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def requantize_edit(task: Task) -> Edit:
 
     def apply(step: Step) -> Metrics:
         change = task.change()
-        encoded = _encode(step, task, replace(target, device=step.device), change)
+        encoded = _encode(step, task, target, change)
         sums, residual = Sums(), None
         if task.policy == "residual":
             residual = save_residual(step, task.name, _lost(step, task, encoded, change), task.rank)
