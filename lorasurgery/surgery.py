@@ -74,9 +74,8 @@ class RunOptions:
     @property
     def tile_bytes(self) -> int:
         """A tile and what is made of it, in float32 at worst, for each worker."""
-        if self.max_memory is None:
-            return self.device.tile_bytes
-        return max(64 << 10, min(self.device.tile_bytes, self.max_memory // (8 * self.workers)))
+        most, bound = self.device.tile_bytes, self.max_memory
+        return most if bound is None else max(64 << 10, min(most, bound // (8 * self.workers)))
 
 
 def run(plan: Plan, path: Path, options: RunOptions) -> Report:
