@@ -115,7 +115,8 @@ def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
     from lorasurgery.kernels import nf4_quantize
 
     block = int(packed.state["blocksize"])
-    codes, absmax = nf4_quantize.run(flat, block, rule.absmax, rule.seed, rule.offset)
+    how = block, rule.absmax, rule.seed, rule.offset
+    codes, absmax = packed.device.run(nf4_quantize, flat, *how)
     if not np.isfinite(absmax).all():
         first = int(np.flatnonzero(~np.isfinite(absmax))[0])
         raise ValueRangeError(
@@ -127,7 +128,10 @@ def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
 
 
 def seal(absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
-    """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode."""
+    """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode.
+
+    On the processor always: their mean depends on the order of its sum.
+    """
     import numpy as np
 
     from lorasurgery.kernels import double_dequantize, double_quantize, nf4_dequantize
@@ -184,7 +188,9 @@ def decode(codes: Array, absmax: Array, table: Array, n: int, packed: Packed) ->
     from lorasurgery.kernels import nf4_dequantize
 
     block, dtype = int(packed.state["blocksize"]), NUMPY[packed.info.dtype]
-    return nf4_dequantize.run(codes.reshape(-1).view(np.uint8), absmax, block, n, dtype, table)
+    flat = codes.reshape(-1).view(np.uint8)
+    decoded: Array = packed.device.run(nf4_dequantize, flat, absmax, block, n, dtype, table)
+    return decoded
 
 
 def config(options: CodecOptions, dtype: str, skipped: list[str]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Task:
             return self.packed
         state = self.packed.state
         options = CodecOptions(int(state["blocksize"]), "nested_blocksize" in state)
-        return self.codec.parts(self.packed.info, options)
+        return replace(self.codec.parts(self.packed.info, options), device=self.packed.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _encode(step: Step, task: Task, target: Packed, change: Change) -> _Encoded:
     seed = task.rounding.of(task.name) if task.policy == "stochastic" else None
     for start, tile in step.tiles(task.values.checkpoint, task.values.name, _multiple(task)):
         [(_, piece)] = change.tiles(start, start + len(tile))
-        wanted, *_ = piece.merge(tile, NUMPY["F32"])
+        wanted, *_ = piece.merge(tile, NUMPY["F32"], device=step.device)
         begin, end = start * tile.shape[1], (start + len(tile)) * tile.shape[1]
         kept = None if scales is None else _blocks(scales, begin, end, task.codec, target)
         rule = Rule(absmax=kept, seed=seed, offset=begin)
@@ -134,7 +134,7 @@ def _lost(step: Step, task: Task, encoded: _Encoded, change: Change) -> Array:
     parts = []
     for start, base, got in _decoded(step, task, encoded):
         [(_, piece)] = change.tiles(start, start + len(base))
-        wanted, *_ = piece.merge(base, NUMPY["F32"])
+        wanted, *_ = piece.merge(base, NUMPY["F32"], device=step.device)
         parts.append(wanted - got)
     return np.concatenate(parts)
 
