@@ -90,15 +90,16 @@ def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
     codes[-1], absmax[-1] = 0xF7, 1.0
     a, b = far(columns, torch.float32), far(rows, torch.float32)
     a[-1], b[-1] = -0.5, 2.0
-    partial = torch.zeros(3, programs, dtype=torch.float64, device=DEVICE)
+    moments = far(n // 64 * 6, torch.float64)
     last_program(
         monkeypatch, _merge_nf4_triton.merge, (programs,), codes, absmax, a, b, packed, scales,
-        partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
+        moments, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
         DTYPE="float32", BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
     assert (packed[-1].item(), scales[-1].item()) == (0xF0, 1)
-    assert partial[:, -1].tolist() == [1, 1, 0]
+    # no error, and the change of -1 at a level of -1; all levels are 1 or -1
+    assert moments[-6:].tolist() == [0, 0, 1, 0, 64, 1]
 
 
 def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch):
@@ -119,14 +120,16 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     assert dense[-2:].tolist() == [1, -1]
     assert partial[:, -1].tolist() == [1, 1, 0]
     packed, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
+    moments = far(n // 64 * 6, torch.float64)
     last_program(
-        monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, scales, a, -b, packed,
-        scales, partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, BFLOAT=False, KEEP=False,
-        CHANCE=False, BLOCK=64, ROWS=16,
+        monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, dense, scales, a, -b,
+        packed, scales, moments, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, BFLOAT=False, SEEN=True,
+        SEEN_BFLOAT=False, KEEP=False, CHANCE=False, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # and 1 added to the last again
     assert (packed[-1].item(), scales[-1].item()) == (0xF7, 1)
-    assert partial[:, -1].tolist() == [1, 1, 0]
+    # the changed one has level 0
+    assert moments[-6:].tolist() == [0, 0, 1, 0, 63, 0]
 
 
 def test_rows_of_products_are_found_beyond_two_billion(monkeypatch):

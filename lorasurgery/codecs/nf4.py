@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import CodecOptions, Packed, Rule
 from lorasurgery.codecs._nf4_state import BLOCKS, check_parts, read_state
+from lorasurgery.codecs._nf4_sums import check_finite, encode_sum, recode
 from lorasurgery.errors import FormatError, ValueRangeError
 from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
 
@@ -110,20 +111,12 @@ def multiple(packed: Packed) -> int:
 
 def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
     """Flat bf16, f16 or f32 [n] -> codes uint8 [ceil(n/2)], scales float32 [ceil(n/block)]."""
-    import numpy as np
-
     from lorasurgery.kernels import nf4_quantize
 
     block = int(packed.state["blocksize"])
     how = block, rule.absmax, rule.seed, rule.offset
     codes, absmax = packed.device.run(nf4_quantize, flat, *how)
-    if not np.isfinite(absmax).all():
-        first = int(np.flatnonzero(~np.isfinite(absmax))[0])
-        raise ValueRangeError(
-            f"{packed.info.name}: nan or inf among elements {rule.offset + first * block} to "
-            f"{rule.offset + (first + 1) * block - 1}. Mend the weight, or leave it out with "
-            f"--exclude '{packed.info.name}'."
-        )
+    check_finite(absmax, packed, rule)
     return codes, absmax
 
 
@@ -218,5 +211,6 @@ def as_dtype(packed: Packed, dtype: str) -> Packed:
 
 
 __all__ = [
-    "as_dtype", "config", "decode", "encode", "group", "multiple", "parts", "scales", "seal", "table",
+    "as_dtype", "config", "decode", "encode", "encode_sum", "group", "multiple", "parts", "recode",
+    "scales", "seal", "table",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorasurgery.kernels._merge_nf4_triton import _delta, _rounded, _sum
+from lorasurgery.kernels._merge_nf4_triton import _delta, _rounded, _sum, store_moments
 from lorasurgery.kernels._merge_triton import _float
 from lorasurgery.kernels._merge_triton import _rounded as _narrow
 from lorasurgery.kernels._nf4_triton import code_of, largest_of, normalized
@@ -62,11 +62,11 @@ def decode_merge(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def encode_merge(  # type: ignore[no-untyped-def]
-    w, absmax, a, b, codes, scales, partial, table, n, columns, rank, first, k1, k2,
-    BFLOAT: tl.constexpr, KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr,
+    w, seen, absmax, a, b, codes, scales, moments, table, n, columns, rank, first, k1, k2,
+    BFLOAT: tl.constexpr, SEEN: tl.constexpr, SEEN_BFLOAT: tl.constexpr, KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Dense to NF4, the same way."""
+    """Dense to NF4, the same way; the moments take `seen` for the weights if SEEN."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     place = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
     even = 2 * place
@@ -83,5 +83,8 @@ def encode_merge(  # type: ignore[no-untyped-def]
     c0 = code_of(normalized(x0, scale, whole), table, k1, k2, first + even, CHANCE)
     c1 = code_of(normalized(x1, scale, whole), table, k1, k2, first + even + 1, CHANCE)
     tl.store(codes + place, (c0 * 16 + c1).to(tl.uint8), mask=mask0)
-    new0, new1 = tl.load(table + c0) * scale[:, None], tl.load(table + c1) * scale[:, None]
-    _store(partial, new0 - old0, new1 - old1, d0, d1, mask0, mask1)
+    if SEEN:
+        base = _float(tl.load(seen + index, mask=index < n, other=0), SEEN_BFLOAT)
+        old0, old1 = tl.split(tl.reshape(base, (ROWS, BLOCK // 2, 2)))
+    level0, level1 = tl.load(table + c0), tl.load(table + c1)
+    store_moments(moments, row, starts, scale, level0, level1, old0, old1, d0, d1)

@@ -12,7 +12,7 @@ from lorasurgery.kernels._tuning import Config
 # the sums of B A take 252 registers and more, and spill: neighbouring threads' loads make whole lines all the same
 MERGE = (
     Config(WEIGHTS=512, num_warps=4),
-    Config(WEIGHTS=2048, num_warps=8),
+    Config(WEIGHTS=1024, num_warps=4),
 )
 
 
@@ -45,8 +45,23 @@ def _sum(x, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def store_moments(moments, row, starts, scale, level0, level1, old0, old1, d0, d1):  # type: ignore[no-untyped-def]
+    """Those of `nf4_moments`, ROWS blocks [ROWS, 6]; what lies beyond the last weight must be 0."""
+    level0, level1 = level0.to(tl.float64), level1.to(tl.float64)
+    d0, d1, s = d0.to(tl.float64), d1.to(tl.float64), scale.to(tl.float64)[:, None]
+    e0, e1 = level0 * s - (old0.to(tl.float64) + d0), level1 * s - (old1.to(tl.float64) + d1)
+    at = moments + row * 6
+    tl.store(at, tl.sum(e0 * e0 + e1 * e1, axis=1), mask=starts)
+    tl.store(at + 1, tl.sum(e0 * d0 + e1 * d1, axis=1), mask=starts)
+    tl.store(at + 2, tl.sum(d0 * d0 + d1 * d1, axis=1), mask=starts)
+    tl.store(at + 3, tl.sum(e0 * level0 + e1 * level1, axis=1), mask=starts)
+    tl.store(at + 4, tl.sum(level0 * level0 + level1 * level1, axis=1), mask=starts)
+    tl.store(at + 5, tl.sum(level0 * d0 + level1 * d1, axis=1), mask=starts)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def merge(  # type: ignore[no-untyped-def]
-    codes, absmax, a, b, packed, scales, partial, table, n, columns, rank, first, k1, k2,
+    codes, absmax, a, b, packed, scales, moments, table, n, columns, rank, first, k1, k2,
     KEEP: tl.constexpr, CHANCE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -58,22 +73,16 @@ def merge(  # type: ignore[no-untyped-def]
     place = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     byte = tl.load(codes + place, mask=mask0, other=0).to(tl.int32)
     scale = tl.load(absmax + row, mask=starts, other=1.0)
-    old0 = _rounded(tl.load(table + (byte >> 4)) * scale[:, None], DTYPE)
-    old1 = _rounded(tl.load(table + (byte & 15)) * scale[:, None], DTYPE)
+    old0 = tl.where(mask0, _rounded(tl.load(table + (byte >> 4)) * scale[:, None], DTYPE), 0.0)
+    old1 = tl.where(mask1, _rounded(tl.load(table + (byte & 15)) * scale[:, None], DTYPE), 0.0)
     d0 = _delta(a, b, even, mask0, columns, rank)
     d1 = _delta(a, b, even + 1, mask1, columns, rank)
-    x0, x1 = tl.where(mask0, old0 + d0, 0.0), tl.where(mask1, old1 + d1, 0.0)
+    x0, x1 = old0 + d0, old1 + d1
     if not KEEP:
         scale = largest_of(x0, x1, whole)
     tl.store(scales + row, scale, mask=starts)
     c0 = code_of(normalized(x0, scale, whole), table, k1, k2, first + even, CHANCE)
     c1 = code_of(normalized(x1, scale, whole), table, k1, k2, first + even + 1, CHANCE)
     tl.store(packed + place, (c0 * 16 + c1).to(tl.uint8), mask=mask0)
-    made0 = (tl.load(table + c0) * scale[:, None] - old0).to(tl.float64)
-    made1 = (tl.load(table + c1) * scale[:, None] - old1).to(tl.float64)
-    d0, d1 = d0.to(tl.float64), d1.to(tl.float64)
-    at, programs = partial + tl.program_id(0), tl.num_programs(0)
-    tl.store(at, _sum(made0 * d0, mask0) + _sum(made1 * d1, mask1))
-    tl.store(at + programs, _sum(d0 * d0, mask0) + _sum(d1 * d1, mask1))
-    noise0, noise1 = made0 - d0, made1 - d1
-    tl.store(at + 2 * programs, _sum(noise0 * noise0, mask0) + _sum(noise1 * noise1, mask1))
+    level0, level1 = tl.load(table + c0), tl.load(table + c1)
+    store_moments(moments, row, starts, scale, level0, level1, old0, old1, d0, d1)
