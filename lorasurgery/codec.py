@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from lorasurgery.checkpoint import Checkpoint
+from lorasurgery.device import HOST, Device
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class Packed:
     """One logical weight of a quantized checkpoint.
 
     `info` is the weight as it was (dtype, shape); `codes` names the tensor of packed codes;
-    `parts` are all tensors it is stored in; `state` is the codec's own (block size, nesting, ...).
+    `parts` are all tensors it is stored in; `state` is the codec's own (block size, nesting, ...);
+    `device` is where it is encoded and decoded.
     """
 
     info: TensorInfo
@@ -32,6 +34,7 @@ class Packed:
     codes: str
     parts: Mapping[str, TensorInfo]
     state: Mapping[str, Any]
+    device: Device = HOST
 
 
 @dataclass(frozen=True, slots=True)

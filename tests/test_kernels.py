@@ -44,8 +44,8 @@ EVERY = plugins.names("kernels")
 # the sums of the others have no fixed order: test_kernels_matrix.py
 KERNELS = [n for n in EVERY if not hasattr(plugins.load("kernels", n), "tolerance")]
 LAUNCHED = [
-    "adalora_budget", "adalora_importance", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
-    "lora_merge", "nf4_decode_merge", "nf4_dequantize", "nf4_encode_merge", "nf4_merge", "nf4_quantize",
+    "adalora_budget", "adalora_importance", "dora_merge", "dora_norm", "dora_output", "double_dequantize", "double_quantize", "lora_adamw",
+    "lora_merge", "nf4_decode_merge", "nf4_dequantize", "nf4_encode_merge", "nf4_error", "nf4_merge", "nf4_quantize",
 ]  # fmt: skip
 # sums of float32 terms: dozens at a time in float32, the rest in float64, against float64 alone
 SUMS = 2e-6

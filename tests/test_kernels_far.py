@@ -71,6 +71,15 @@ def test_nf4_is_found_beyond_two_billion(monkeypatch):
         0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
     )  # fmt: skip
     assert (again[-2:].tolist(), scales[-1].item()) == ([0xF0, 0x0F], 2)
+    sums = torch.zeros(2, n // 2048, dtype=torch.float64, device=DEVICE)
+    largest = torch.zeros(n // 2048, device=DEVICE)
+    out[-1] = 1.5
+    last_program(
+        monkeypatch, _nf4_triton.error, (n // 2048,), out, again, scales, TABLE.to(DEVICE), sums,
+        largest, n, BLOCK=64, ROWS=32,
+    )  # fmt: skip
+    # 2 stands where 1.5 was; the other 63 weights of the last block are 2 and -2 as they were
+    assert (sums[:, -1].tolist(), largest[-1].item()) == ([0.25, 63 * 4 + 2.25], 0.5)
 
 
 def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
@@ -155,8 +164,8 @@ def test_dense_weights_are_found_beyond_two_billion(monkeypatch):
     grid = rows // 8, columns // 128
     partial = torch.zeros(3, grid[0] * grid[1], dtype=torch.float64, device=DEVICE)
     last_program(
-        monkeypatch, _merge_triton.merge, grid, w, a, b, out, partial, rows, columns, 1, 0, 0, 0,
-        BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
+        monkeypatch, _merge_triton.merge, grid, w, a, b, a, out, partial, rows, columns, 1, 0, 0, 0,
+        GAIN=False, BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
     )  # fmt: skip
     assert out[-1].item() == -1.5
     assert partial[:, -1].tolist() == [4, 4, 0]
@@ -166,6 +175,19 @@ def test_dense_weights_are_found_beyond_two_billion(monkeypatch):
         ROWS=8, COLUMNS=4096,
     )  # fmt: skip
     assert norms[-1].item() == 1.5
+    # twice the norm, so that a gain is two where there is any
+    m, gain = 2 * norms, far(rows, torch.float32)
+    last_program(
+        monkeypatch, _merge_triton.gains, (rows // 8,), w, a, b, m, gain, rows, columns, 1,
+        BFLOAT=False, ROWS=8, LANES=64, HALVINGS=6,
+    )  # fmt: skip
+    assert gain[-1].item() == 2
+    last_program(
+        monkeypatch, _merge_triton.merge, grid, w, a, b, gain, out, partial, rows, columns, 1, 0, 0,
+        0, GAIN=True, BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
+    )  # fmt: skip
+    assert out[-1].item() == -3
+    assert partial[:, -1].tolist() == [12.25, 12.25, 0]
     squares, grid = (
         torch.zeros(rows // 16, columns, dtype=torch.float64, device=DEVICE),
         (32, rows // 16),

@@ -21,11 +21,15 @@ def recode(stored: Stored, change: Low, packed: Packed, rule: Rule) -> Coded:
     codes, absmax, table = stored.codes, stored.absmax, stored.table
     if not _own(table):
         shape = len(b), a.shape[1]
-        flat = nf4_dequantize.run(codes, absmax, block, shape[0] * shape[1], dtype, table)
+        flat = packed.device.run(
+            nf4_dequantize, codes, absmax, block, shape[0] * shape[1], dtype, table
+        )
         w = flat.reshape(shape)
         return encode_sum(w, w, change, packed, rule)
     keep = rule.absmax is not None
-    coded = nf4_merge.run(codes, absmax, block, a, b, dtype, keep, rule.seed, rule.offset)
+    coded = packed.device.run(
+        nf4_merge, codes, absmax, block, a, b, dtype, keep, rule.seed, rule.offset
+    )
     check_finite(coded[1], packed, rule)
     return Coded(*coded)
 
@@ -37,7 +41,9 @@ def encode_sum(w: Array, base: Array, change: Low | Array, packed: Packed, rule:
     block = int(packed.state["blocksize"])
     if isinstance(change, tuple) and (rule.table is None or _own(rule.table)):
         (a, b), seen = change, None if base is w else base
-        coded = nf4_encode_merge.run(w, block, a, b, rule.absmax, rule.seed, rule.offset, seen)
+        coded = packed.device.run(
+            nf4_encode_merge, w, block, a, b, rule.absmax, rule.seed, rule.offset, seen
+        )
     else:
         d = lora_delta.run(*change) if isinstance(change, tuple) else change
         coded = _one_after_another(w, base, d, block, rule)

@@ -114,13 +114,17 @@ def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
     from lorasurgery.kernels import nf4_quantize
 
     block = int(packed.state["blocksize"])
-    codes, absmax = nf4_quantize.run(flat, block, rule.absmax, rule.seed, rule.offset)
+    how = block, rule.absmax, rule.seed, rule.offset
+    codes, absmax = packed.device.run(nf4_quantize, flat, *how)
     check_finite(absmax, packed, rule)
     return codes, absmax
 
 
 def seal(absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
-    """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode."""
+    """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode.
+
+    On the processor always: their mean depends on the order of its sum.
+    """
     import numpy as np
 
     from lorasurgery.kernels import double_dequantize, double_quantize, nf4_dequantize
@@ -177,7 +181,9 @@ def decode(codes: Array, absmax: Array, table: Array, n: int, packed: Packed) ->
     from lorasurgery.kernels import nf4_dequantize
 
     block, dtype = int(packed.state["blocksize"]), NUMPY[packed.info.dtype]
-    return nf4_dequantize.run(codes.reshape(-1).view(np.uint8), absmax, block, n, dtype, table)
+    flat = codes.reshape(-1).view(np.uint8)
+    decoded: Array = packed.device.run(nf4_dequantize, flat, absmax, block, n, dtype, table)
+    return decoded
 
 
 def config(options: CodecOptions, dtype: str, skipped: list[str]) -> dict[str, Any]:

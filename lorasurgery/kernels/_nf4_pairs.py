@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lorasurgery.kernels._nf4_lookup import WIDE
-from lorasurgery.kernels._nf4_wide import _load, _number, _spread, _times
+from lorasurgery.kernels._nf4_wide import _load, _number, _spread, _times, pointers
 
 # LLVM's bfloat16 is a type of its own since 17
 PAIRED = bool(
@@ -56,13 +56,7 @@ row: Any = intrinsic(_typed)
 
 
 def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    kinds = signature.args
-
-    def data(kind: Any, value: Any) -> Any:
-        return context.make_array(kind)(context, builder, value).data
-
-    codes, x, out = (data(kinds[i], args[i]) for i in (0, 2, 4))
-    absmax, plain = (data(kinds[1][i], builder.extract_value(args[1], i)) for i in (0, 1))
+    codes, x, out, absmax, plain = pointers(context, builder, signature.args, args)
     steps, shift = (builder.extract_value(args[3], i) for i in (0, 1))
     levels = _load(builder, plain, _FLOATS, _number(steps, 0))
     zero = ir.Constant(_FLOATS, [0.0] * 16)

@@ -133,7 +133,7 @@ def launch(
         rows = max(1, config["WEIGHTS"] // block)
         quantize[(-(-len(scales) // rows),)](
             flat, scales, codes, table, n, offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=config["num_warps"],
+            BLOCK=block, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:

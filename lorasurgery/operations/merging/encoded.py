@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 import numpy as np
@@ -52,7 +52,7 @@ class Task:
             return self.packed
         state = self.packed.state
         options = CodecOptions(int(state["blocksize"]), "nested_blocksize" in state)
-        return self.codec.parts(self.packed.info, options)
+        return replace(self.codec.parts(self.packed.info, options), device=self.packed.device)
 
     @property
     def of_itself(self) -> bool:
