@@ -62,13 +62,13 @@ def test_nf4_is_found_beyond_two_billion(monkeypatch):
     codes[-2:], absmax[-1] = torch.tensor([0xF0, 0x0F]), 2.0
     last_program(
         monkeypatch, _nf4_triton.dequantize, (n // size,), codes, absmax, TABLE.to(DEVICE), out, n,
-        BLOCK=64, BFLOAT=False, SIZE=size,
+        n // 2, BLOCK=64, BFLOAT=False, SIZE=size,
     )  # fmt: skip
     assert out[-4:].tolist() == [2, -2, -2, 2]
     again, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
     last_program(
-        monkeypatch, _nf4_triton.quantize, (n // 2048,), out, scales, again, TABLE.to(DEVICE), n, 0,
-        0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
+        monkeypatch, _nf4_triton.quantize, (n // 2048,), out, scales, again, TABLE.to(DEVICE), n,
+        n // 2, 0, 0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
     )  # fmt: skip
     assert (again[-2:].tolist(), scales[-1].item()) == ([0xF0, 0x0F], 2)
 
@@ -84,7 +84,7 @@ def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
     partial = torch.zeros(3, programs, dtype=torch.float64, device=DEVICE)
     last_program(
         monkeypatch, _merge_nf4_triton.merge, (programs,), codes, absmax, a, b, packed, scales,
-        partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
+        partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
         DTYPE="float32", BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
@@ -103,7 +103,7 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     partial = torch.zeros(3, programs, dtype=torch.float64, device=DEVICE)
     last_program(
         monkeypatch, _merge_mixed_triton.decode_merge, (programs,), codes, absmax, a, b, dense,
-        partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, DTYPE="float32", KIND="float16",
+        partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, DTYPE="float32", KIND="float16",
         CHANCE=False, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
@@ -112,7 +112,7 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     packed, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
     last_program(
         monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, scales, a, -b, packed,
-        scales, partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, BFLOAT=False, KEEP=False,
+        scales, partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, BFLOAT=False, KEEP=False,
         CHANCE=False, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # and 1 added to the last again

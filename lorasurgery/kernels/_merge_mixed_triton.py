@@ -33,7 +33,7 @@ def _store(partial, made0, made1, d0, d1, mask0, mask1):  # type: ignore[no-unty
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def decode_merge(  # type: ignore[no-untyped-def]
-    codes, absmax, a, b, out, partial, table, n, columns, rank, first, k1, k2,
+    codes, absmax, a, b, out, partial, table, n, half, columns, rank, first, k1, k2,
     DTYPE: tl.constexpr, KIND: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def decode_merge(  # type: ignore[no-untyped-def]
     place = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
     even = 2 * place
     mask0, mask1 = even < n, even + 1 < n
-    packed = tl.load(codes + place, mask=mask0, other=0).to(tl.int32)
+    packed = tl.load(codes + place, mask=place < half, other=0).to(tl.int32)
     scale = tl.load(absmax + row, mask=row * BLOCK < n, other=1.0)
     old0 = _rounded(tl.load(table + (packed >> 4)) * scale[:, None], DTYPE)
     old1 = _rounded(tl.load(table + (packed & 15)) * scale[:, None], DTYPE)
@@ -62,7 +62,7 @@ def decode_merge(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def encode_merge(  # type: ignore[no-untyped-def]
-    w, absmax, a, b, codes, scales, partial, table, n, columns, rank, first, k1, k2,
+    w, absmax, a, b, codes, scales, partial, table, n, half, columns, rank, first, k1, k2,
     BFLOAT: tl.constexpr, KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +82,6 @@ def encode_merge(  # type: ignore[no-untyped-def]
     tl.store(scales + row, scale, mask=starts)
     c0 = code_of(normalized(x0, scale, whole), table, k1, k2, first + even, CHANCE)
     c1 = code_of(normalized(x1, scale, whole), table, k1, k2, first + even + 1, CHANCE)
-    tl.store(codes + place, (c0 * 16 + c1).to(tl.uint8), mask=mask0)
+    tl.store(codes + place, (c0 * 16 + c1).to(tl.uint8), mask=place < half)
     new0, new1 = tl.load(table + c0) * scale[:, None], tl.load(table + c1) * scale[:, None]
     _store(partial, new0 - old0, new1 - old1, d0, d1, mask0, mask1)

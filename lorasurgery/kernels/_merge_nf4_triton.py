@@ -46,7 +46,7 @@ def _sum(x, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def merge(  # type: ignore[no-untyped-def]
-    codes, absmax, a, b, packed, scales, partial, table, n, columns, rank, first, k1, k2,
+    codes, absmax, a, b, out, scales, partial, table, n, half, columns, rank, first, k1, k2,
     KEEP: tl.constexpr, CHANCE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -56,10 +56,10 @@ def merge(  # type: ignore[no-untyped-def]
     mask0, mask1, starts = even < n, even + 1 < n, row * BLOCK < n
     whole = row * BLOCK + BLOCK <= n
     place = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    byte = tl.load(codes + place, mask=mask0, other=0).to(tl.int32)
+    packed = tl.load(codes + place, mask=place < half, other=0).to(tl.int32)
     scale = tl.load(absmax + row, mask=starts, other=1.0)
-    old0 = _rounded(tl.load(table + (byte >> 4)) * scale[:, None], DTYPE)
-    old1 = _rounded(tl.load(table + (byte & 15)) * scale[:, None], DTYPE)
+    old0 = _rounded(tl.load(table + (packed >> 4)) * scale[:, None], DTYPE)
+    old1 = _rounded(tl.load(table + (packed & 15)) * scale[:, None], DTYPE)
     d0 = _delta(a, b, even, mask0, columns, rank)
     d1 = _delta(a, b, even + 1, mask1, columns, rank)
     x0, x1 = tl.where(mask0, old0 + d0, 0.0), tl.where(mask1, old1 + d1, 0.0)
@@ -68,7 +68,7 @@ def merge(  # type: ignore[no-untyped-def]
     tl.store(scales + row, scale, mask=starts)
     c0 = code_of(normalized(x0, scale, whole), table, k1, k2, first + even, CHANCE)
     c1 = code_of(normalized(x1, scale, whole), table, k1, k2, first + even + 1, CHANCE)
-    tl.store(packed + place, (c0 * 16 + c1).to(tl.uint8), mask=mask0)
+    tl.store(out + place, (c0 * 16 + c1).to(tl.uint8), mask=place < half)
     made0 = (tl.load(table + c0) * scale[:, None] - old0).to(tl.float64)
     made1 = (tl.load(table + c1) * scale[:, None] - old1).to(tl.float64)
     d0, d1 = d0.to(tl.float64), d1.to(tl.float64)

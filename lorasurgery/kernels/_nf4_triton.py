@@ -81,14 +81,18 @@ def normalized(x, scale, whole):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def quantize(  # type: ignore[no-untyped-def]
-    flat, absmax, codes, table, n, first, k1, k2,
+    flat, absmax, codes, table, n, half, first, k1, k2,
     KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks a program; even and odd weights apart, since two make a byte."""
+    """ROWS blocks a program; even and odd weights apart, since two make one of `half` bytes.
+
+    A mask that counts what lies side by side, up to an argument, is one that wide loads and stores may have.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    even = row[:, None] * BLOCK + 2 * tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
-    x0 = tl.load(flat + even, mask=even < n, other=0.0).to(tl.float32)
-    x1 = tl.load(flat + even + 1, mask=even + 1 < n, other=0.0).to(tl.float32)
+    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
+    index, even = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], 2 * byte
+    wide = tl.load(flat + index, mask=index < n, other=0.0).to(tl.float32)
+    x0, x1 = tl.split(tl.reshape(wide, (ROWS, BLOCK // 2, 2)))
     starts = row * BLOCK < n
     whole = row * BLOCK + BLOCK <= n
     if KEEP:
@@ -99,18 +103,18 @@ def quantize(  # type: ignore[no-untyped-def]
     x0, x1 = normalized(x0, scale, whole), normalized(x1, scale, whole)
     c0 = code_of(x0, table, k1, k2, first + even, CHANCE)
     c1 = code_of(x1, table, k1, k2, first + even + 1, CHANCE)
-    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(codes + byte, (c0 * 16 + c1).to(tl.uint8), mask=even < n)
+    tl.store(codes + byte, (c0 * 16 + c1).to(tl.uint8), mask=byte < half)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def dequantize(  # type: ignore[no-untyped-def]
-    codes, absmax, table, out, n, BLOCK: tl.constexpr, BFLOAT: tl.constexpr, SIZE: tl.constexpr
-):
+    codes, absmax, table, out, n, half,
+    BLOCK: tl.constexpr, BFLOAT: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """SIZE weights a program; a bfloat16 output comes as int16."""
     first = tl.program_id(0).to(tl.int64) * SIZE
     byte = first // 2 + tl.arange(0, SIZE // 2)  # [SIZE / 2]
-    packed = tl.load(codes + byte, mask=2 * byte < n, other=0).to(tl.int32)
+    packed = tl.load(codes + byte, mask=byte < half, other=0).to(tl.int32)
     w = tl.interleave(tl.load(table + (packed >> 4)), tl.load(table + (packed & 15)))
     if BLOCK >= SIZE:
         x = w * tl.load(absmax + first // BLOCK)

@@ -124,7 +124,7 @@ def launch(
         programs = -(-len(absmax) // rows)
         sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         decode_merge[(programs,)](
-            *inputs, as_bits, sums[0], table, out.numel(), shape[1], len(a), offset, k1, k2,
+            *inputs, as_bits, sums[0], table, out.numel(), len(codes), shape[1], len(a), offset, k1, k2,
             DTYPE=dtype_name(decoded), KIND=dtype_name(dtype), CHANCE=seed is not None,
             BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip

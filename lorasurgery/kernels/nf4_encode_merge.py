@@ -130,7 +130,7 @@ def launch(
         sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         encode_merge[(programs,)](
             w.view(torch.int16) if bfloat else w, given, a, b, codes, scales, sums[0], table, n,
-            w.shape[1], len(a), offset, k1, k2, BFLOAT=bfloat, KEEP=keep, CHANCE=seed is not None,
+            len(codes), w.shape[1], len(a), offset, k1, k2, BFLOAT=bfloat, KEEP=keep, CHANCE=seed is not None,
             BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip
 

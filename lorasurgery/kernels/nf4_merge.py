@@ -115,7 +115,7 @@ def launch(
         programs = -(-len(scales) // rows)
         sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         merge[(programs,)](
-            *inputs, packed, scales, sums[0], table, n, a.shape[1], len(a), offset, k1, k2,
+            *inputs, packed, scales, sums[0], table, n, len(codes), a.shape[1], len(a), offset, k1, k2,
             KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype), BLOCK=block, ROWS=rows,
             num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
         )  # fmt: skip

@@ -132,7 +132,7 @@ def launch(
     def start(config: Config) -> None:
         rows = max(1, config["WEIGHTS"] // block)
         quantize[(-(-len(scales) // rows),)](
-            flat, scales, codes, table, n, offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
+            flat, scales, codes, table, n, len(codes), offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
             BLOCK=block, ROWS=rows, num_warps=config["num_warps"],
         )  # fmt: skip
 
