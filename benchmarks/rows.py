@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import adapter_rows, train_rows
+from benchmarks import adapter_rows, export_rows, train_rows
 from benchmarks.processes import run
 from benchmarks.racing import OURS, PEERS, Contender, Row, Setting, Side, alternate, compare
+
+LEAST = 15  # runs of what takes milliseconds
 
 
 def nf4(setting: Setting) -> Row:
     """In process, both warm, bytes compared first."""
-    repeats = str(max(5, setting.repeats))
+    repeats = str(max(LEAST, setting.repeats))
     times = json.loads(run((sys.executable, "-m", "benchmarks.nf4_in_process", repeats)).stdout)
     sides = Side("lorasurgery", times["ours"]), Side("bitsandbytes", times["peer"])
     return Row("NF4 + double quantization, 4096 x 4096 bf16, in process", sides)
@@ -22,7 +24,7 @@ def nf4(setting: Setting) -> Row:
 
 def kernel(name: str, title: str, setting: Setting) -> Row:
     """One of benchmarks.kernels_in_process; the results are compared there."""
-    repeats = str(max(5, setting.repeats))
+    repeats = str(max(LEAST, setting.repeats))
     done = run((sys.executable, "-m", "benchmarks.kernels_in_process", name, repeats))
     times = json.loads(done.stdout)
     return Row(f"{title}, in process", tuple(Side(who, seconds) for who, seconds in times.items()))
@@ -128,4 +130,6 @@ ROWS: dict[str, Callable[[Setting], Row]] = {
     "adalora-kernel": adapter_rows.adalora_in_process, "prune": prune, "extract": extract,
     "extract-files": adapter_rows.extract_files, "help": help_, "inspect": inspect,
     "lora": train_rows.lora, "qlora": train_rows.qlora, "paged": train_rows.paged,
+    "export-int4": export_rows.export_int4, "decode-int4": export_rows.decode_int4,
+    "decode-nf4": export_rows.decode_nf4,
 }  # fmt: skip

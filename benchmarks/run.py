@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 SCRATCH = HERE.parent / "bench-out"
 PEERS = (
     "torch", "transformers", "bitsandbytes", "peft", "mergekit", "safetensors", "numpy", "numba",
+    "onnxruntime-gpu", "onnxruntime-genai-cuda",
 )  # fmt: skip
 
 

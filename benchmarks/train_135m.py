@@ -48,7 +48,7 @@ def methods(job: Job) -> dict[str, tuple[str, ...]]:
         "rslora": (),
         "dora": (),
         "adalora": ("--target-r", "8", *settle),
-        "vera": ("--rank", "64"),
+        "vera": ("--rank", "64", "--no-save-projection"),
         "lora-fa": (),
         "lora-drop": ("--keep", str(kept)),
         "delta-lora": ("--lambda", "0.5", "--start", str(steps // 2)),

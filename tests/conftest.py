@@ -31,6 +31,11 @@ def poisoned(monkeypatch):
     """Memory that nobody has written is nan, or 0x7f where there is no nan."""
     import torch
 
+    # torch notes its constructors in the first such block: it must not note those that are put here,
+    # or no later `torch.device("meta")` is heeded by what makes a model
+    with torch.device("cpu"):
+        torch.empty(0)
+
     def poison(make):
         def made(*args, **options):
             out = make(*args, **options)

@@ -67,6 +67,17 @@ def tied(path: Path) -> Path:
     return save(path, nodes, tensors, (64, 64))
 
 
+def nameless(path: Path) -> dict[str, np.ndarray]:
+    """Two products whose weights and nodes tell no module; the weights."""
+    nodes = [
+        h.make_node("MatMul", ["x", "one"], ["h"], "first"),
+        h.make_node("MatMul", ["h", "two"], ["y"], "second"),
+    ]
+    weights = {"one": drawn(8, 8), "two": drawn(8, 8, seed=1)}
+    save(path, nodes, weights, (8, 8))
+    return weights
+
+
 def run(path: Path, x: np.ndarray) -> np.ndarray:
     import onnxruntime
 

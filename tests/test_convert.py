@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small import adapter, base, tensors
 
 from lorasurgery import plugins
+from lorasurgery.model import open_model
 from lorasurgery.operations.algebra.site_weights import SiteWeights
 
 PEFT = plugins.load("dialects", "peft").VARIANTS
@@ -31,17 +32,17 @@ def lora(tmp_path: Path) -> Path:
 
 def merged(old: Path, path: Path) -> dict[str, torch.Tensor]:
     out = path.with_name(f"{path.name}-merged")
-    code, _, stderr = cli("merge", old, path, "-o", out, "--overwrite")
+    code, _, stderr = cli("merge", old, path, "-o", out, "--dtype", "float32", "--overwrite")
     assert code == 0, stderr
     return load_file(out / "model.safetensors")
 
 
 def error(old: Path, one: Path, other: Path) -> float:
     """||D1 - D2|| / ||D2|| over all weights, as merge makes them."""
-    base_, a, b = load_file(old / "model.safetensors"), merged(old, one), merged(old, other)
-    assert a.keys() == b.keys() == base_.keys()
+    weights, a, b = open_model(old).weights, merged(old, one), merged(old, other)
+    assert a.keys() == b.keys() == set(weights)
     off = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
-    whole = sum(float((b[n].double() - base_[n].double()).square().sum()) for n in a)
+    whole = sum(float(np.square(b[n].double().numpy() - weights.read(n)).sum()) for n in a)
     return (off / whole) ** 0.5
 
 
@@ -49,12 +50,17 @@ ROUTED = [n for n in plugins.names("adapters") if hasattr(plugins.load("adapters
 
 
 @pytest.mark.parametrize("variant", plugins.names("adapters"))
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
 def test_a_lora_there_and_back_changes_the_model_as_stated(
-    old: Path, lora: Path, tmp_path: Path, variant: str
+    old: Path, lora: Path, tmp_path: Path, variant: str, kind: str
 ) -> None:
     """Every variant that has factors for a LoRA, or near it, and those that have none say so."""
+    if kind == "nf4":
+        assert cli("quantize", old, "-o", tmp_path / "nf4")[0] == 0
+        old = tmp_path / "nf4"
     there, routed = tmp_path / "there", variant in ROUTED
-    more = ("--experts", 3) if routed else ()
+    # VeRA's alternating least squares are long at its own rank
+    more = ("--experts", 3) if routed else ("--rank", 24) if kind == "nf4" else ()
     arguments = ("convert", lora, "-o", there, "--to", variant, "--base", old, *more)
     code, _, stderr = cli(*arguments)
     if not any(variant in plugins.load("dialects", d).VARIANTS for d in plugins.names("dialects")):
@@ -141,6 +147,25 @@ def test_the_nearest_lora_of_a_dora_is_as_near_as_it_says(
         last = stated
         assert found["total"]["exact_modules"] == 0
     assert last < 1e-5
+
+
+def test_a_dora_becomes_a_lora_with_scaled_rows_exactly(
+    old: Path, lora: Path, tmp_path: Path
+) -> None:
+    start, out = dora(old, lora, tmp_path / "dora"), tmp_path / "out"
+    ask = ("convert", start, "-o", out, "--to", "lora_rowscale")
+    assert fails(*ask) == (
+        2,
+        "convert: dora to lora_rowscale depends on the weights that are changed. Pass --base DIR.",
+    )
+    found = facts(*ask, "--base", old)
+    assert found["total"]["exact_modules"] == found["total"]["modules"] == 6
+    assert {m["rank"] for m in found["tensors"].values()} == {3}
+    assert error(old, out, start) < 1e-6
+    # what is cut goes through LoRA: the nearest of that rank
+    cut = facts(*ask, "--base", old, "--rank", 2, "--overwrite")["total"]["relative_error"]
+    assert error(old, out, start) == pytest.approx(cut, rel=1e-3)
+    assert cut > 0.01
 
 
 def test_the_stated_error_is_that_of_the_whole_svd(old: Path, lora: Path, tmp_path: Path) -> None:
@@ -240,11 +265,12 @@ def test_explain_asks_every_variant() -> None:
         "to_lora": "exact at rank 2r", "from_lora": "exact, of the base",
     }  # fmt: skip
     assert found["ia3"]["from_lora"] == "no factors do"
+    assert found["lora_rowscale"]["from_dora"] == "exact, of the base"
     code, stdout, _ = cli("convert", "--explain")
     assert code == 0
     assert stdout.splitlines()[-1] == (
-        "One variant becomes another by way of lora. Of a start that took something out of the base (CorDA, "
-        "LoftQ), --init or --residual tells what."
+        "One variant becomes another by way of lora; dora becomes lora_rowscale without it, exactly. Of a start "
+        "that took something out of the base (CorDA, LoftQ), --init or --residual tells what."
     )
 
 

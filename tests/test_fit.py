@@ -102,7 +102,7 @@ def test_a_dora_stays_where_it_is_read():
         fit(made, "vllm")
     assert str(error.value) == (
         "made/by-hand: m.q is a dora, which vllm is not known to read and which is no product of small "
-        "factors. Convert it with --to lora, or merge it."
+        "factors. Pass --rank and --base: the nearest LoRA of that rank is written, with its error. Or merge it."
     )
 
 

@@ -49,9 +49,10 @@ def test_a_scale_that_vllm_drops_is_silently_wrong_there(tmp_path):
     done = linted(path, "--for", "vllm")
     assert done.exit_code == 3
     assert done.stdout == (
-        "rsLoRA         ok              6 x: use_rslora is read [vllm/lora/peft_helper.py]\n"
+        "rsLoRA         ok              6 x: use_rslora is read [vllm/lora/peft_helper.py: "
+        "vllm-project/vllm#6909 (2024-12) to 0214369]\n"
         "alpha_pattern  silently wrong  2 x: it reads r and lora_alpha, and scales every module by the one "
-        "alpha / r [vllm/lora/peft_helper.py]\n"
+        "alpha / r [vllm/lora/peft_helper.py: 0214369]\n"
     )
     assert done.stderr == (
         f"error: {path}: vllm does not compute what it was trained to: alpha_pattern (silent). Convert it: "
@@ -145,6 +146,7 @@ def test_json_has_every_module(tmp_path):
         {
             "feature": "alpha_pattern", "verdict": "silent",
             "why": "one alpha is written for all tensors", "source": "llama.cpp/convert_lora_to_gguf.py",
+            "versions": "ggml-org/llama.cpp#8332 (2024-07) to 0b03ada",
             "where": ["model.layers.0.self_attn.q_proj"],
         }
     ]  # fmt: skip
@@ -157,12 +159,12 @@ def test_an_unknown_runtime_is_answered_with_the_nearest(tmp_path):
     assert str(error.value) == "--for llama.cpp: no such runtime is known. Did you mean 'llamacpp'?"
 
 
-def test_every_claim_is_of_a_feature_and_names_its_source():
+def test_every_claim_is_of_a_feature_and_names_its_source_and_versions():
     sites = [
         lora("a", 4, 6), lora("b", 4, 6), lora("c", 4, 6, AdapterConfig("lora", 2, 1.0, rank_stabilized=True)),
         lora("d", 4, 6, AdapterConfig("dora", 3, 6.0)), replace(lora("e", 4, 6), kernel=(1,)),
         lora("f", 4, 6, layout="embedding"), lora("g", 4, 6, layout="parameter"),
-        lora("h", 4, 6, AdapterConfig("vera", 3, 6.0)),
+        lora("h", 4, 6, AdapterConfig("vera", 3, 6.0)), lora("j", 4, 6, AdapterConfig("ia3", 1, 1.0)),
         replace(lora("i.experts", 4, 6, layout="parameter"), parameter="down_proj"),
         lora("i.experts.1.down_proj", 4, 6),
     ]  # fmt: skip
@@ -178,4 +180,4 @@ def test_every_claim_is_of_a_feature_and_names_its_source():
     for runtime, known in RUNTIMES.items():
         assert set(known.layouts) <= set(plugins.names("dialects")), runtime
         assert set(known.claims) <= named, runtime
-        assert all(claim.source and claim.why for claim in known.claims.values()), runtime
+        assert all(c.source and c.versions and c.why for c in known.claims.values()), runtime

@@ -99,12 +99,8 @@ def test_a_merge_is_verified_and_taken_out_again(files: tuple[Path, Path, Path])
 
 
 def test_modules_are_named_by_hand(tmp_path: Path) -> None:
-    nodes = [
-        h.make_node("MatMul", ["x", "one"], ["h"], "first"),
-        h.make_node("MatMul", ["h", "two"], ["y"], "second"),
-    ]
-    weights = {"one": made.drawn(8, 8), "two": made.drawn(8, 8, seed=1)}
-    base = made.save(tmp_path / "m.onnx", nodes, weights, (8, 8))
+    base = tmp_path / "m.onnx"
+    weights = made.nameless(base)
     adapter = made.adapter(tmp_path / "a", {"up": (8, 8), "down": (8, 8)})
     names = tmp_path / "map.yaml"
     names.write_text("up: second\ndown: one\n")
@@ -192,10 +188,9 @@ def test_maps_that_name_nothing_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        (("merge", "{base}", "{adapter}", "--undo", "u"), "--undo"),
         (("merge", "{base}", "{adapter}", "--dtype", "float16"), "--dtype"),
         (("merge", "{base}", "{adapter}", "--requantize", "rtn"), "--requantize"),
-        (("unmerge", "{base}", "{adapter}", "--undo", "u"), "--undo"),
+        (("unmerge", "{base}", "{adapter}", "--tied", "untie"), "--tied"),
         (("quantize", "{base}", "--no-double-quant"), "--no-double-quant"),
         (("quantize", "{base}", "--resume"), "--resume"),
     ],

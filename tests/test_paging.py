@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,6 +212,50 @@ def test_state_goes_between_budgets_and_to_torch_and_back():
     back.load_state_dict(plain.state_dict())
     go(back, held, 9, 9)
     assert equal(reference, held)
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from lorasurgery.training.paging.adamw import PagedAdamW
+
+
+def kib(name):
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+
+p = torch.nn.Parameter(torch.zeros(8_000_000))
+p.grad = torch.ones_like(p)
+optimizer = PagedAdamW([{"params": [p]}], budget=eval(sys.argv[1]))
+optimizer.step()
+before = kib("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+for _ in range(3):
+    optimizer.step()
+    optimizer.state_dict()
+print(before, kib("VmHWM"))
+"""
+
+
+def resident(budget: str) -> list[int]:
+    """MiB of the whole process after a step of 61 MiB of state, and the most in three more."""
+    call = [sys.executable, "-c", RESIDENT, budget]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        call, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True
+    )
+    return [int(word) >> 10 for word in done.stdout.split()]
+
+
+def test_the_process_is_as_small_as_the_budget_says_and_stays_so():
+    (whole, _), (small, most) = resident("None"), resident("4 << 20")
+    # what is in the file is not in memory, also after it was written and read; 12 MiB for what torch itself takes
+    assert small < whole - 61 + 4 + 12
+    assert most < small + 12
 
 
 def test_pages_are_whole_alignments_and_hold_every_element_once():

@@ -70,6 +70,16 @@ def test_lora_plus_takes_magnitudes_and_heads_at_the_rate_of_a(base, tmp_path):
     assert config["use_dora"] is True
 
 
+def test_a_ratio_below_1_is_done_and_remarked(base, tmp_path):
+    call = ("train", base, "--data", TEXT, "-m", "lora+", *SHORT, "--ratio")
+    half = surgery(*call, 0.5, "-o", tmp_path / "half")
+    assert half.exit_code == 0
+    assert half.stderr == (
+        "note: --ratio: is below 1, so that B learns more slowly than A: LoRA+ is the opposite.\n"
+    )
+    assert surgery(*call, 2, "-o", tmp_path / "two").stderr == ""
+
+
 def test_a_dry_run_counts_and_writes_nothing(base, tmp_path):
     said = done("train", base, "--data", TEXT, "--dry-run", "--json", "--method", "dora", *SHORT)
     total = json.loads(said)["total"]
@@ -97,6 +107,32 @@ def test_a_flag_of_another_method_is_refused(base, tmp_path):
     assert refused(*call) == (2, "--ratio: means nothing to lora. It belongs to lora+.")
     call = ("train", base, "--data", TEXT, "-o", tmp_path / "out", "-m", "lora-fs")
     assert refused(*call) == (1, "--method lora-fs: no method. Did you mean 'lora-fa'?")
+
+
+UNMEANT = {
+    ("--lr", "-1"): "--lr -1: is out of range. Pass 0 or more, below inf.",
+    ("--lr", "inf"): "--lr inf: is out of range. Pass 0 or more, below inf.",
+    ("--epochs", "nan"): "--epochs nan: is out of range. Pass 0 or more, below inf.",
+    ("--warmup", "-3"): "--warmup -3: is out of range. Pass 0 or more, below inf.",
+    ("--weight-decay", "nan"): "--weight-decay nan: is out of range. Pass 0 or more, below inf.",
+    ("--beta2", "1"): "--beta2 1: is out of range. Pass 0 or more, below 1.",
+    ("--alpha", "nan"): "--alpha nan: is out of range. Pass 0 or more, below inf.",
+    ("--seed", "-1"): "--seed -1: is out of range. Pass 0 or more, below 9.22337e+18.",
+    ("--eval-data", "/nowhere"): "/nowhere: no such file or directory. Check the path of --eval-data.",
+    ("--dialect", "nope"): "dialects: no 'nope'. Did you mean 'peft'?",
+    ("--layers", "99"): "--target-modules: no module in layers 99 is named by all-linear. Known: down_proj, "
+    "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
+    ("--target-modules", "("): "--target-modules (: is no name and no regular expression (missing ), unterminated "
+    "subpattern at position 0). Mend it.",
+    ("-m", "moral", "--experts", "0"): "--experts 0: is no number of experts. Pass 1 or more.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", UNMEANT, ids=" ".join)
+def test_what_cannot_be_meant_is_one_line_before_the_first_step(base, tmp_path, flags):
+    _, said = refused("train", base, "--data", TEXT, "-o", tmp_path / "out", *SHORT, *flags)
+    assert said == UNMEANT[flags]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_must_be_given_and_be_there(base, tmp_path):

@@ -36,17 +36,27 @@ def python(module: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+OWN = {
+    "lora": ("--dropout", 0.2, "--accumulate", 2),
+    "adalora": ("--init-r", 5),
+    # the snapshot is taken on one side of the stop, moments are on the disk
+    "delta-lora": ("--lambda", 0.5, "--start", 1, "--save-base-delta", "--optimizer", "paged-adamw",
+                   "--state-budget", "2KiB"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("method", "moments"),
     [
         ("lora", ["half a state", "os.rename state.pt.part", "os.rename straight.partial"]),
         ("adalora", ["stepped", "half a state"]),
+        ("delta-lora", ["stepped"]),
     ],
 )
 def test_killed_at_any_moment_it_is_resumed_to_the_same_bytes(base, method, moments, tmp_path):
     held = tmp_path / "held.txt"
     held.write_text(TEXT.read_text()[:300])
-    own = ("--init-r", 5) if method == "adalora" else ("--dropout", 0.2, "--accumulate", 2)
+    own = OWN[method]
     looked = ("--eval-data", held, "--eval-every", 2, "--save-every", 2)
     flags = (base, *FLAGS, "--method", method, *own, "--steps", 5, *looked)
     running = python("tests.killed_training", tmp_path, ",".join(moments), *flags)

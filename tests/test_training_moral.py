@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -16,7 +17,7 @@ from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.adapters import moral as variant
 from lorasurgery.cli.app import app
-from lorasurgery.errors import UsageError
+from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.training.adapted import AdaptedLinear
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.batches import Batch
@@ -182,6 +183,51 @@ def test_layers_of_a_block_have_the_gates_that_its_input_chose(base):
     assert [name for name, _ in mlp.named_parameters() if "router" in name] == [
         "gate_proj.factors.router"
     ]
+
+
+def test_a_layer_that_is_run_before_the_first_of_its_block_has_no_gates(base):
+    mlp = begin(base, options("moral")).trainer.parts.model.model.layers[1].mlp
+    message = (
+        "model.layers.1.mlp.gate_proj: has the router of its block, but another layer is run before it, or on "
+        "other tokens. Train with --router linear."
+    )
+    for _ in range(2):
+        with pytest.raises(MatchError) as error:
+            mlp.down_proj(torch.randn(5, 48))
+        assert str(error.value) == message
+        mlp.gate_proj(torch.randn(4, 32))
+
+
+def test_where_routers_say_nothing_the_mean_mixture_merges_into_what_runs_beside(base, tmp_path):
+    own = moral.Options(experts=2, top_k=2)
+    run(base, tmp_path / "out", options("moral", own=own, rate=2e-2))
+    file = tmp_path / "out" / "adapter.safetensors"
+    held = load_file(file)
+    held = {n: torch.zeros_like(f) if n.endswith("router") else f for n, f in held.items()}
+    save_file(held, file, {"format": "pt"})
+    mixed = (
+        "convert",
+        tmp_path / "out",
+        "-o",
+        tmp_path / "lora",
+        "--mixture",
+        "mean",
+        "--gates",
+        "uniform",
+    )
+    for call in (
+        (*mixed, "--dialect", "peft"),
+        ("merge", base, tmp_path / "lora", "-o", tmp_path / "merged"),
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in call])
+        assert result.exit_code == 0, result.stderr
+    beside, merged, plain = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (base, tmp_path / "merged", base)
+    )
+    add_adapter(beside, base, tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(beside), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits(plain), logits(beside), atol=1e-3)
 
 
 def test_each_layer_may_have_a_router_of_its_own(base, tmp_path):

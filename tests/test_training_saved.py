@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,8 @@ from tests.training_case import TEXT, begin, options, save_base
 
 # 0.8 million parameters: rows are so long that rank 8 is little beside them
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+
+SHORT = ("-m", "lora-fa", "--steps", 2, "--batch", 2, "--length", 48, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,18 @@ def test_each_piece_of_memory_counts_once_and_weights_do_not():
     assert saved.kept(layer, lambda: layer(x).exp().relu()) == 7 * 6 * 4 + 2 * 7 * 5 * 4
 
 
+def test_nothing_that_was_counted_stays_in_memory():
+    layer, held = nn.Linear(6, 5), []
+
+    def forward():
+        y = layer(torch.randn(7, 6)).exp()  # which exp keeps for its own gradient
+        held.append(weakref.ref(y))
+        return y.sum()
+
+    saved.kept(layer, forward)
+    assert held[0]() is None
+
+
 def test_lora_fa_keeps_at_most_a_twentieth_of_what_lora_keeps_for_its_adapter(base):
     found = {name: saved.report(begin(base, asked(name)).trainer) for name in ("lora", "lora-fa")}
     lora, fa = found["lora"], found["lora-fa"]
@@ -45,6 +61,10 @@ def test_lora_fa_keeps_at_most_a_twentieth_of_what_lora_keeps_for_its_adapter(ba
     assert fa["saved_bytes_of_lora_adapter"] == lora["saved_bytes_of_adapter"]
     assert fa["saved_bytes_of_base"] == lora["saved_bytes_of_base"]
     assert fa["saved_bytes"] <= 0.8 * lora["saved_bytes"]
+    assert fa["saved_share"] == fa["saved_bytes"] / lora["saved_bytes"]
+    own, theirs = (of["saved_bytes_of_adapter"] for of in (fa, lora))
+    assert fa["saved_share_of_adapter"] == own / theirs
+    assert "saved_share" not in lora
 
 
 def test_what_lora_keeps_is_each_input_that_the_base_does_not_keep_and_its_own_product(base):
@@ -60,21 +80,8 @@ def test_what_lora_keeps_is_each_input_that_the_base_does_not_keep_and_its_own_p
 
 
 def test_a_report_changes_no_bit_of_the_run(base, tmp_path):
-    more = (
-        "-m",
-        "lora-fa",
-        "--steps",
-        2,
-        "--batch",
-        2,
-        "--length",
-        48,
-        "--device",
-        "cpu",
-        "--json",
-    )
     one, two = (
-        done("train", base, "--data", TEXT, "-o", tmp_path / name, *more, *flag)
+        done("train", base, "--data", TEXT, "-o", tmp_path / name, *SHORT, "--json", *flag)
         for name, flag in (("one", ()), ("two", ("--mem-report",)))
     )
     name = "adapter_model.safetensors"
@@ -84,8 +91,17 @@ def test_a_report_changes_no_bit_of_the_run(base, tmp_path):
     assert total == {**plain, **told}
     assert told.keys() == {
         "saved_bytes", "saved_bytes_of_base", "saved_bytes_of_adapter", "saved_bytes_as_lora",
-        "saved_bytes_of_lora_adapter",
+        "saved_bytes_of_lora_adapter", "saved_share", "saved_share_of_adapter",
     }  # fmt: skip
+
+
+def test_it_is_told_as_a_table(base):
+    said = done("train", base, "--data", TEXT, "--dry-run", *SHORT, "--mem-report")
+    titles = [re.split(r"\s{2,}", line.strip())[0] for line in said.splitlines()]
+    assert titles[4:-1] == [
+        "kept for backward", "by the base alone", "for the adapter", "with A and B trained", "for that adapter",
+        "kept, of what LoRA keeps", "for the adapter",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "moral", "delta-lora"])

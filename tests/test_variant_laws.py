@@ -54,6 +54,24 @@ def site(variant: str, module: str, base: Path) -> Site:
     return Site(module, "weight", "linear", config, infos, lambda: factors, sides=sides)
 
 
+def written(folder: Path, dialect: str, variant: str, base: Path) -> Path:
+    """An adapter of both modules: its directory, or its one file."""
+    folder.mkdir()
+    made = Adapter(
+        folder,
+        dialect,
+        "made/by-hand",
+        tuple(site(variant, module, base) for module in MODULES),
+        {},
+        {},
+        dict.get,
+        dict.get,
+        base_config=small.config(),
+    )
+    plugins.load("dialects", dialect).write(made, folder)
+    return next(iter(folder.iterdir())) if len(list(folder.iterdir())) == 1 else folder
+
+
 def change(variant: str, site_: Site, w: torch.Tensor) -> torch.Tensor:
     """What the formula of training adds: x = 1 gives W' itself."""
     factors = {n: torch.from_numpy(np.array(f)) for n, f in site_.load().items()}
@@ -71,21 +89,7 @@ def test_written_read_merged_verified_and_undone(
         done("quantize", base, "-o", tmp_path / "base")
         base = tmp_path / "base"
     sites = tuple(site(variant, module, base) for module in MODULES)
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    made = Adapter(
-        folder,
-        dialect,
-        "made/by-hand",
-        sites,
-        {},
-        {},
-        dict.get,
-        dict.get,
-        base_config=small.config(),
-    )
-    plugins.load("dialects", dialect).write(made, folder)
-    path = next(iter(folder.iterdir())) if len(list(folder.iterdir())) == 1 else folder
+    path = written(tmp_path / "adapter", dialect, variant, base)
     read = open_adapter(path)
     assert {s.config.variant for s in read.sites} == {variant}
     round_trip(tmp_path, base, [path], "--dtype", "float32")
@@ -98,3 +102,11 @@ def test_written_read_merged_verified_and_undone(
         assert wanted.norm() > 1e-3 * w.norm()
         torch.testing.assert_close(merged[name] - w, wanted, atol=2e-5, rtol=1e-3)
     done("verify", tmp_path / "merged", "--base", base, "--adapter", path)
+
+
+def test_every_variant_is_held_to_them_but_what_is_routed() -> None:
+    held = {variant for _, variant in HELD}
+    routed = {
+        n for n in plugins.names("adapters") if hasattr(plugins.load("adapters", n), "ROUTED")
+    }
+    assert held | routed | set(WHOLE["peft"]) == set(plugins.names("adapters"))

@@ -23,7 +23,9 @@ from lorasurgery.training.method import Wanted
 from lorasurgery.training.options import Machine, Pace, TrainOptions
 from lorasurgery.training.setup import Prepared, prepare
 
-TEXT = Path(__file__).parents[1] / "CONTRIBUTING.md"
+TEXT = (
+    Path(__file__).parents[1] / "benchmarks" / "texts" / "moby-dick.txt"
+)  # one that no edit changes
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

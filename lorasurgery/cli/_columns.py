@@ -89,6 +89,8 @@ COLUMNS = {
     "saved_bytes_of_adapter": Column("  for the adapter", show_bytes, None),
     "saved_bytes_as_lora": Column("  with A and B trained", show_bytes, None),
     "saved_bytes_of_lora_adapter": Column("  for that adapter", show_bytes, None),
+    "saved_share": Column("kept, of what LoRA keeps", _percent),
+    "saved_share_of_adapter": Column("  for the adapter", _percent),
     "tokens": Column("tokens", _count, None),
     "steps": Column("steps", _count, None),
     "best_step": Column("best step", _count, None),

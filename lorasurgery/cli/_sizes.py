@@ -62,7 +62,7 @@ def shares(text: str) -> tuple[float, ...]:
 def show_bytes(n: float) -> str:
     """Bytes in the unit that keeps the number short: 1.21 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
+        if abs(n) < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
         n /= 1024
     return f"{n:.2f} TiB"

@@ -150,13 +150,13 @@ def command(
     form = AdapterFormat(writing.dialect, DTYPE_NAMES[writing.dtype])
     source, allowed = resolve(adapter), tuple(allow_unmatched or ())
     if runtime:
-        given = (rank, energy, bake_scale, uniform_rank, ranks_allowed, projections, experts)
+        given = (energy, bake_scale, uniform_rank, ranks_allowed, projections, experts)
         others = (mixture, gates, init, residual, calibrating.calibrate)
         if writing.dialect or any((*given, *others)):
             raise UsageError(
                 "--for: decides on ranks, scale and layout itself. Take the others away."
             )
-        fitting = FitOptions(runtime, resolve(base) if base else None, allowed, form)
+        fitting = FitOptions(runtime, resolve(base) if base else None, allowed, form, rank)
         carry_out(
             lambda output, how: convert_for(source, output, fitting, how), writing.run, printing
         )
@@ -184,7 +184,12 @@ def command(
 
 
 def _facts(ways: list[Way]) -> dict[str, dict[str, str]]:
-    return {way.variant: {"to_lora": way.to_lora, "from_lora": way.from_lora} for way in ways}
+    return {
+        way.variant: {
+            "to_lora": way.to_lora, "from_lora": way.from_lora,
+            **{f"from_{name}": "exact, of the base" for name in way.straight},
+        } for way in ways
+    }  # fmt: skip
 
 
 def _text(ways: list[Way]) -> str:
@@ -193,8 +198,9 @@ def _text(ways: list[Way]) -> str:
         ["variant", "to lora", "from lora"],
         *([w.variant, w.to_lora, w.from_lora] for w in ways),
     ]
+    straight = ", ".join(f"{name} becomes {w.variant}" for w in ways for name in w.straight)
     after = (
-        "One variant becomes another by way of lora. Of a start that took something out of the base (CorDA, "
-        "LoftQ), --init or --residual tells what."
+        f"One variant becomes another by way of lora; {straight} without it, exactly. Of a start that took "
+        "something out of the base (CorDA, LoftQ), --init or --residual tells what."
     )
     return "\n".join([*table(rows), "", after])

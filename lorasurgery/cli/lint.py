@@ -33,7 +33,7 @@ def command(
     """Tell what a runtime would refuse, or compute wrongly, of an adapter.
 
     Exit code 3 if it refuses anything or gets anything silently wrong. What is unknown has not been looked into:
-    it is no promise. Each line names the source that was read, or run.
+    it is no promise. Each line names the source that was read, or run, and since and until when it is known to be so.
 
     Example:
 
@@ -66,7 +66,7 @@ def _text(found: Lint, printing: Printing) -> str:
 
 def _lines(row: Row, width: int, printing: Printing) -> list[str]:
     count = f"{len(row.where)} x: " if row.where else ""
-    source = f" [{row.source}]" if row.source else ""
+    source = f" [{row.source}: {row.versions}]" if row.source else ""
     verdict = "silently wrong" if row.verdict == "silent" else row.verdict
     lines = [f"{row.feature:{width}}  {verdict:14}  {count}{row.why}{source}"]
     return lines + [f"  {name}" for name in row.where] if printing.verbose else lines

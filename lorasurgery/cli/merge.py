@@ -90,7 +90,7 @@ def command(
         from lorasurgery.operations.merge_onnx import OnnxMergeOptions, merge_onnx
 
         foreign = {
-            "--base-view": base_view != "dequantized", "--original": original, "--undo": undo,
+            "--base-view": base_view != "dequantized", "--original": original,
             "--requantize": requantize, "--tied": tied != "auto", "--plot": plot,
             "--dtype": dtype != "auto",
         }  # fmt: skip
@@ -100,6 +100,7 @@ def command(
             tuple(allow_unmatched or ()),
             Rounding(seed if by_chance else None),
             min_retained,
+            undo=undo,
         )
         carry_out(
             lambda output, how: merge_onnx(source, adapter, output, onnx, how), writing, printing

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lorasurgery.cli._options import AllowUnmatched, Printing, Writing, refuse_flags
 from lorasurgery.cli._report import carry_out
 from lorasurgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorasurgery.report import Report
+    from lorasurgery.surgery import RunOptions
 
 
 def command(
@@ -53,13 +57,18 @@ def command(
     if source.suffix == ".onnx":
         from lorasurgery.export._onnx_modules import read_map
         from lorasurgery.operations.merge_onnx import OnnxMergeOptions, merge_onnx
+        from lorasurgery.operations.unmerge_onnx import unmerge_onnx
 
-        refuse_flags(source, writing, {"--undo": undo, "--tied": tied != "auto"})
+        refuse_flags(source, writing, {"--tied": tied != "auto"})
         given = read_map(map_file) if map_file else {}
         onnx = OnnxMergeOptions(given, tuple(allow_unmatched or ()), out=True)
-        carry_out(
-            lambda output, how: merge_onnx(source, adapter, output, onnx, how), writing, printing
-        )
+
+        def taken_out(output: Path | None, how: RunOptions) -> Report:
+            if undo:
+                return unmerge_onnx(source, adapter, output, undo, how)
+            return merge_onnx(source, adapter, output, onnx, how)
+
+        carry_out(taken_out, writing, printing)
         return
     if map_file:
         raise UsageError(f"--map: needs an ONNX file, and {source} is none. Take it away.")

@@ -38,6 +38,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 # keys that hold no factors: a whole tensor, and what is added to a bias
 _WHOLE, _ADDED = ".ln_tuning_layers.", ".beft_bias"
+_TOKENS = ".trainable_tokens_delta"
 _THETA = "base_model.unilora_theta_d"
 
 
@@ -120,7 +121,8 @@ def _sort(config: Mapping[str, Any], source: Checkpoint, shared: tuple[str, ...]
     found = _Keys()
     for key in source:
         name = _WRAPPED.sub("", key.removeprefix(PREFIX))
-        module = _module(config, name)
+        # tied to the embedding that is targeted, others are written with its rows
+        module = name.removesuffix(_TOKENS) if name.endswith(_TOKENS) else _module(config, name)
         if _ORIGINAL in key and key.replace(_ORIGINAL, ".") in source:
             continue
         if module and _WHOLE in name:

@@ -11,13 +11,8 @@ from lorasurgery.errors import UsageError
 from lorasurgery.export._target import ExportOptions, free_name
 from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations.algebra.adapter_output import AdapterFormat
-from lorasurgery.operations.algebra.convert_options import ConvertOptions
-from lorasurgery.operations.algebra.made import variant_of
-from lorasurgery.operations.algebra.nearest import Aim
-from lorasurgery.operations.convert import convert
 from lorasurgery.operations.convert_for import FitOptions, convert_for
-from lorasurgery.operations.runtimes.claims import RUNTIMES
+from lorasurgery.operations.runtimes.near import far
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 
@@ -56,26 +51,20 @@ def write_beside(
     for adapter, _ in _opened(options.adapters):
         name = free_name(adapter.path, names)
         names.append(name)
-        path, numbers = adapter.path, dict[str, float]()
-        if _far_from_lora(adapter, runtime):
-            near = ConvertOptions(
-                base=model.path,
-                aim=Aim(options.rank),
-                allowed=options.allowed,
-                form=AdapterFormat("peft"),
-            )
-            path = scratch / f"{name}-near"
-            lost = convert(adapter.path, path, near, how)
-            numbers = {"relative_error": lost.total["relative_error"]}
+        numbers = dict[str, float]()
+        rank = options.rank if _far_from_lora(adapter, runtime) else None
         made = scratch / f"{name}-fitted"
-        fitted = convert_for(path, made, FitOptions(runtime, model.path, options.allowed), how)
+        fitting = FitOptions(runtime, model.path, options.allowed, rank=rank)
+        fitted = convert_for(adapter.path, made, fitting, how)
+        if rank is not None:
+            numbers["relative_error"] = fitted.total["relative_error"]
         if options.to == "gguf":
             os.replace(made / "adapter.gguf", home / f"{name}.gguf")
         else:
             os.replace(made, home / name)
-        rank = max(r.metrics["rank"] for r in fitted.results)
-        most = max(most, int(rank))
-        numbers |= {"rank": rank, "modules": fitted.total["modules"]}
+        widest = max(r.metrics["rank"] for r in fitted.results)
+        most = max(most, int(widest))
+        numbers |= {"rank": widest, "modules": fitted.total["modules"]}
         results.append(Result(f"adapter {name}", numbers, {}, {}))
         notes += [f"{name}: {note}" for note in fitted.notes]
     how_to = _HOW_TO[options.to].format(rank=most, name=names[0])
@@ -97,13 +86,4 @@ def _opened(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
 
 def _far_from_lora(adapter: Adapter, runtime: str) -> str | None:
     """The variant of a module that the runtime does not read and that is no product of small factors."""
-    if runtime == "peft":
-        return None
-    for site in adapter.sites:
-        claims, name = RUNTIMES[runtime].claims, site.config.variant
-        claim = claims.get("DoRA" if name == "dora" else "other variants")
-        if name == "lora" or (claim and claim.verdict == "ok"):
-            continue
-        if variant_of(site).low_rank(site.load(), site.config) is None:
-            return name
-    return None
+    return next((s.config.variant for s in adapter.sites if far(s, runtime)), None)

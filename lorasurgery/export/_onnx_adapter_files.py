@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from lorasurgery.dialects import ort_adapter
@@ -22,9 +23,11 @@ def write_adapters(placed: Placed, target: Path) -> None:
     home.mkdir()
     listed = {}
     for name, adapter in placed.adapters.items():
-        ort_adapter.write(adapter, home)
         file = home / f"{name}.onnx_adapter"
-        os.replace(home / "adapter.onnx_adapter", file)
+        # one that is called `adapter` lies there already
+        with tempfile.TemporaryDirectory(dir=home) as apart:
+            ort_adapter.write(adapter, Path(apart))
+            os.replace(Path(apart) / "adapter.onnx_adapter", file)
         listed[name] = {
             "file": f"{FOLDER}/{file.name}",
             "ranks": {site.module: site.config.rank for site in adapter.sites},

@@ -19,8 +19,8 @@ from lorasurgery.export._onnx_linear import Linear
 from lorasurgery.export._onnx_modules import open_modules
 from lorasurgery.export._target import free_name
 from lorasurgery.operations._adapters import open_adapters
+from lorasurgery.operations._onnx_laid import lay_factors, plain
 from lorasurgery.operations.algebra.made import variant_of
-from lorasurgery.operations.merge_onnx import lay_upon, plain
 from lorasurgery.target import Target
 from lorasurgery.tensors import TensorInfo
 
@@ -72,10 +72,10 @@ def place(edited: Edited, adapters: Sequence[str], allowed: Sequence[str]) -> Pl
     for text in adapters:
         model, view = open_modules(edited.file, {})
         ((opened, weight),) = open_adapters([text])
-        resolved, left = lay_upon(model, [(plain(opened), weight)], allowed)
-        notes += left
+        laid = lay_factors(model, view, (plain(opened), weight), allowed)
+        notes += laid.notes
         sites = []
-        for name, target in resolved.targets.items():
+        for name, target in laid.resolved.targets.items():
             linear = view.linears.get(name)
             if linear is None:
                 raise MatchError(

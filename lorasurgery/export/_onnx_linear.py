@@ -41,10 +41,37 @@ class _Way:
     transposed: bool
 
 
+class Users:
+    """Who uses which value of a graph."""
+
+    def __init__(self, header: Header) -> None:
+        self._nodes = header.nodes
+        self._uses: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(header.nodes):
+            for name in (*node.inputs, *node.captured):
+                self._uses[name].append(index)
+        for name in header.outputs:
+            self._uses[name].append(-1)
+
+    def leaves(self, name: str) -> set[int]:
+        """The nodes that a value reaches through Transposes and Identities; -1 is a graph's output."""
+        found: set[int] = set()
+        names, seen = [name], set()
+        while names:
+            for index in self._uses.get(names.pop(), ()):
+                node = self._nodes[index]
+                if index < 0 or node.op not in ("Transpose", "Identity"):
+                    found.add(index)
+                elif index not in seen:
+                    seen.add(index)
+                    names += node.outputs
+        return found
+
+
 def linears(header: Header) -> list[Linear]:
     """All of them, in the order of their nodes."""
     makers = {output: node for node in header.nodes for output in node.outputs}
-    uses = _uses(header)
+    users = Users(header)
     groups: dict[tuple[str, str, bool], list[int]] = defaultdict(list)
     for index, node in enumerate(header.nodes):
         if not _multiplies(node) or (way := _way(header, makers, node.inputs[1])) is None:
@@ -58,7 +85,7 @@ def linears(header: Header) -> list[Linear]:
     found = []
     for (module, name, turned), nodes in groups.items():
         rows, columns = header.initializers[name].dims
-        elsewhere = bool(_leaves(header, uses, name) - products[name])
+        elsewhere = bool(users.leaves(name) - products[name])
         alone = not elsewhere and products[name] == set(nodes)
         shape = (columns, rows) if turned else (rows, columns)
         found.append(Linear(module, name, turned, tuple(nodes), alone, elsewhere, shape))
@@ -93,36 +120,11 @@ def _way(header: Header, makers: Mapping[str, Node], name: str) -> _Way | None:
         name = maker.inputs[0]
         names.append(name)
     stored = header.initializers.get(name)
-    # from IR version 4 on, an initializer that is an input as well may be another at each run
-    fixed = header.ir_version < 4 or name not in header.inputs
-    if stored is None or len(stored.dims) != 2 or stored.type.dtype not in FLOATS or not fixed:
+    if stored is None or len(stored.dims) != 2 or stored.type.dtype not in FLOATS:
+        return None
+    if not header.fixed(name):
         return None
     return _Way(name, tuple(names), transposed)
-
-
-def _uses(header: Header) -> dict[str, list[int]]:
-    uses: dict[str, list[int]] = defaultdict(list)
-    for index, node in enumerate(header.nodes):
-        for name in (*node.inputs, *node.captured):
-            uses[name].append(index)
-    for name in header.outputs:
-        uses[name].append(-1)
-    return uses
-
-
-def _leaves(header: Header, uses: Mapping[str, list[int]], name: str) -> set[int]:
-    """The nodes that a value reaches through Transposes and Identities; -1 is a graph's output."""
-    found: set[int] = set()
-    names, seen = [name], set()
-    while names:
-        for index in uses.get(names.pop(), ()):
-            node = header.nodes[index]
-            if index < 0 or node.op not in ("Transpose", "Identity"):
-                found.add(index)
-            elif index not in seen:
-                seen.add(index)
-                names += node.outputs
-    return found
 
 
 def _module(header: Header, node: Node, way: _Way) -> str:

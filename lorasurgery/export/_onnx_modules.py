@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from lorasurgery.errors import FormatError, MatchError
-from lorasurgery.export._onnx_linear import Linear, called, linears
+from lorasurgery.export._onnx_bias import biases
+from lorasurgery.export._onnx_linear import Linear, Users, called, linears
 from lorasurgery.formats.onnx import File
 from lorasurgery.model import Model
 from lorasurgery.plugins import suggestion
@@ -21,57 +23,81 @@ if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of the view lies: its initializer, and (node, input) of those that are its own.
+
+    `turned`: it is seen transposed. `alone`: nothing else of the graph uses the initializer.
+    """
+
+    initializer: str
+    shape: tuple[int, ...]
+    inputs: tuple[tuple[int, int], ...]
+    alone: bool
+    turned: bool = False
+
+
 class Modules:
-    """A checkpoint of a graph's linear weights as MODULE.weight, and of its other initializers."""
+    """A checkpoint of a graph's linear weights and biases as MODULE.weight, and of its other initializers."""
 
     def __init__(self, file: File, found: list[Linear]) -> None:
         self.file, self.path = file, file.path
         self.metadata: Mapping[str, str] = file.metadata
         self.linears = {f"{linear.module}.weight": linear for linear in found}
-        used_up = {li.initializer for li in found} - {
-            li.initializer for li in found if li.elsewhere
-        }
-        self._others = {
-            (f"{name}@table" if name in self.linears else name): name
-            for name in file
-            if name not in used_up
-        }
+        users = Users(file.header)
+        self.places = {
+            name: Place(li.initializer, li.shape, tuple((n, 1) for n in li.nodes), li.alone, li.turned)
+            for name, li in self.linears.items()
+        }  # fmt: skip
+        for bias in biases(file.header, users, found):
+            place = Place(bias.initializer, (bias.size,), bias.inputs, bias.alone)
+            self.places.setdefault(f"{bias.module}.bias", place)
+        self.places |= self._others(users)
+
+    def _others(self, users: Users) -> dict[str, Place]:
+        """What is no product's, or something else's as well."""
+        known: dict[str, set[int]] = defaultdict(set)
+        for place in self.places.values():
+            known[place.initializer].update(node for node, _ in place.inputs)
+        made = {}
+        for name in self.file:
+            leaves = users.leaves(name)
+            if name in known and leaves <= known[name]:
+                continue
+            alone = name not in known and len(leaves) < 2 and -1 not in leaves
+            shown = f"{name}@table" if name in self.places else name
+            made[shown] = Place(name, self.file.info(name).shape, (), alone)
+        return made
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.linears
-        yield from self._others
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.linears) + len(self._others)
+        return len(self.places)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.linears or name in self._others
+        return name in self.places
 
     def info(self, name: str) -> TensorInfo:
-        linear = self.linears.get(name)
-        stored = self.file.info(self._stored(name))
-        return replace(stored, name=name, shape=linear.shape if linear else stored.shape)
+        place = self.places[name]
+        return replace(self.file.info(place.initializer), name=name, shape=place.shape)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        linear = self.linears.get(name)
-        if linear is None or not linear.turned:
-            return self.file.read(self._stored(name), start, stop)
-        rows: Array = self.file.read(linear.initializer).T[start:stop].copy()
+        place = self.places[name]
+        if not place.turned:
+            return self.file.read(place.initializer, start, stop)
+        rows: Array = self.file.read(place.initializer).T[start:stop].copy()
         return rows
 
     def release(self, name: str) -> None:
-        self.file.release(self._stored(name))
+        self.file.release(self.places[name].initializer)
 
     def place(self, name: str) -> tuple[Path, int] | None:
-        linear = self.linears.get(name)
-        return None if linear and linear.turned else self.file.place(self._stored(name))
+        place = self.places[name]
+        return None if place.turned else self.file.place(place.initializer)
 
     def storage(self, name: str) -> tuple[str, int]:
-        return self.file.storage(self._stored(name))
-
-    def _stored(self, name: str) -> str:
-        linear = self.linears.get(name)
-        return linear.initializer if linear else self._others[name]
+        return self.file.storage(self.places[name].initializer)
 
 
 def open_modules(file: File, given: Mapping[str, str]) -> tuple[Model, Modules]:

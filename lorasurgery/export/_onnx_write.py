@@ -58,7 +58,7 @@ def write(
     check_room(path, sum(sizes.values()))
     old = _data_files(path) - edited.file.data_files
     data = _free(path) if outside else None
-    with _partial(path) as folder, writing(path, "the model"):
+    with partial_folder(path) as folder, writing(path, "the model"):
         if data:
             with (folder / data.name).open("wb") as file:
                 _stream(edited, proto, file, sizes, done)
@@ -108,7 +108,7 @@ def _stream(
         if tensor.name in edited.made:
             file.write(memoryview(as_bytes(edited.made[tensor.name]())))
         else:
-            _copy(edited.file, tensor.name, file)
+            copy_bytes(edited.file, tensor.name, file)
         for key, value in (("location", name), ("offset", offset), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         tensor.data_location = 1
@@ -117,7 +117,7 @@ def _stream(
     file.truncate()
 
 
-def _copy(source: File, name: str, file: BinaryIO) -> None:
+def copy_bytes(source: File, name: str, file: BinaryIO) -> None:
     """The bytes as they lie, with no tensor in memory; holes of a sparse file stay holes."""
     place, nbytes = source.place(name), source.storage(name)[1]
     assert place is not None, name
@@ -177,7 +177,7 @@ def _data_files(path: Path) -> set[Path]:
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[Path]:
+def partial_folder(path: Path) -> Iterator[Path]:
     """A directory beside the output that is gone afterwards, whatever happens."""
     folder = partial_of(path)
     with writing(path, "the model"):

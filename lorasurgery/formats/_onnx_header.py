@@ -55,6 +55,10 @@ class Header:
     operators: Counter[str] = field(default_factory=Counter)  # subgraphs and functions counted in
     sparse: int = 0
 
+    def fixed(self, initializer: str) -> bool:
+        """From IR version 4 on, an initializer that is an input as well may be another at each run."""
+        return self.ir_version < 4 or initializer not in self.inputs
+
 
 def read_header(path: Path, data: Data, size: int) -> Header:
     """Raises FormatError for what is no ONNX model, or lies about itself."""

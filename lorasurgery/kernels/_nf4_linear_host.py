@@ -6,12 +6,15 @@ training step whose products alternate between the two took twice as long.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorasurgery.kernels import double_dequantize, nf4_dequantize
-from lorasurgery.kernels._packed import Packed
+from lorasurgery.arrays import Array
+from lorasurgery.kernels._packed import Packed, decoded
+from lorasurgery.kernels._tensors import dispatch
 
 
 def forward(x: Tensor, w: Packed, bias: Tensor | None) -> Tensor:
@@ -35,8 +38,11 @@ def _wide(bias: Tensor | None) -> Tensor | None:
 
 
 def _dense(w: Packed, k: int, dtype: torch.dtype) -> Tensor:
-    scales = w.absmax
-    if w.double:
-        scales = double_dequantize.run(scales, w.nested, w.offset.reshape(()))
-    flat: Tensor = nf4_dequantize.run(w.codes, scales, w.block, w.rows * k, dtype, w.table)
-    return flat.view(w.rows, k)
+    parts = w.codes, w.absmax, w.block, w.rows, w.table, w.nested, w.offset
+    weight: Tensor = dispatch(_decoded, _decoded, *parts, k, dtype)
+    return weight
+
+
+def _decoded(*args: Any) -> Array:
+    *parts, k, dtype = args
+    return decoded(Packed(*parts), k, dtype)

@@ -94,8 +94,13 @@ def dense(w: Packed, k: int, dtype: Any) -> Tensor:
 
 def dense_array(w: Packed, k: int, dtype: Any) -> Array:
     """The weight rounded to `dtype`, as float32 [rows, k], by numba."""
+    return decoded(w, k, dtype).astype(np.float32, copy=False)
+
+
+def decoded(w: Packed, k: int, dtype: Any) -> Array:
+    """The weight in `dtype` [rows, k], by numba."""
     flat = nf4_dequantize.cpu(w.codes, _scales(w), w.block, w.rows * k, dtype, w.table)
-    return flat.reshape(w.rows, k).astype(np.float32, copy=False)
+    return flat.reshape(w.rows, k)
 
 
 def product(x: Array, w: Packed) -> Array:

@@ -30,7 +30,8 @@ def dispatch(cpu: Callable[..., Any], gpu: Callable[..., Any], *args: Any) -> An
         return cpu(*args)
     if args[0].is_cuda:
         return gpu(*args)
-    result = cpu(*map(_array, args))
+    seen = _borrowed if _dealt_out() else from_torch
+    result = cpu(*(_array(arg, seen) for arg in args))
     return tuple(map(_tensor, result)) if isinstance(result, tuple) else _tensor(result)
 
 
@@ -39,9 +40,9 @@ def dtype_name(dtype: Dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _array(arg: Any) -> Any:
+def _array(arg: Any, seen: Callable[[Tensor], Array]) -> Any:
     if is_tensor(arg):
-        return _borrowed(arg.detach()) if _dealt_out() else from_torch(arg.detach())
+        return seen(arg.detach())
     # by its type: a table's own name would be all its numbers
     is_dtype = (type(arg).__module__, type(arg).__name__) == ("torch", "dtype")
     return FLOATS[dtype_name(arg)] if is_dtype else arg

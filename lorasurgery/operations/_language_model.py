@@ -90,6 +90,39 @@ def load(
     return LanguageModel(path, model, tokenizer, adapter)
 
 
+def load_encoder(path: Path, adapter: Path | None = None, *, packed: bool = False) -> Any:
+    """An encoder of its architecture's own class, in float32; `packed`: linear weights stay NF4.
+
+    Raises UsageError where the extra is missing, FormatError for what transformers cannot load.
+    """
+    if find_spec("transformers") is None:
+        raise UsageError(
+            "transformers runs the model, and is not installed. Run `pip install lorasurgery[train]`."
+        )
+    import torch
+    import transformers
+
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(path)
+            names = [n for n in config.architectures or () if hasattr(transformers, n)]
+            kind = getattr(transformers, names[0]) if names else transformers.AutoModel
+            if packed:
+                from lorasurgery.training.nf4.load import load as load_nf4
+
+                model = load_nf4(path, torch.float32, CodecOptions(), kind)
+            else:
+                model = kind.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(f"{path}: transformers cannot load it ({reason}).") from None
+    if adapter is not None:
+        from lorasurgery.training.live import add_adapter
+
+        add_adapter(model, path, adapter)
+    return model
+
+
 def windows(tokens: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     """(where it starts, tokens) of windows without overlap; what follows alone in the last is left out."""
     for start in range(0, len(tokens) - 1, size):

@@ -36,9 +36,16 @@ def deliver(edited: Edited, output: Path | None, how: RunOptions, deed: Deed) ->
         how.progress(min(finished, total), total, name)
 
     found = deed.report(write(edited, output, done, deed.check))
-    content = manifest(found, "", deed.settings, deed.inputs)
+    write_manifest(output, found, deed.settings, deed.inputs)
+    return found
+
+
+def write_manifest(
+    output: Path, report: Report, settings: Mapping[str, object], inputs: Mapping[str, Path]
+) -> None:
+    """OUT.surgery.json."""
+    content = manifest(report, "", settings, inputs)
     beside = output.with_name(output.name + ".surgery.json")
     part = beside.with_name(beside.name + ".part")
     part.write_bytes(content)
     os.replace(part, beside)
-    return found

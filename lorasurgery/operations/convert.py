@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Site
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapter
@@ -38,6 +39,7 @@ from lorasurgery.operations.algebra.nearest import total
 from lorasurgery.operations.algebra.site_weights import SiteWeights, site_weights
 from lorasurgery.operations.algebra.svd import padded
 from lorasurgery.operations.layouts.relaid import Relaid
+from lorasurgery.operations.runtimes.dotted import dotted
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
 from lorasurgery.targets import completed
@@ -57,6 +59,7 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
     model = open_model(options.base) if options.base else None
     if model is not None:
         adapter = replace(completed(model, adapter), base_config=model.config)
+        adapter = _named(adapter, model, options)
     parts, text = {".": adapter}, None
     if options.to and options.to not in {s.config.variant for s in adapter.sites if routed(s)}:
         text = _on_text(adapter, model, options)
@@ -82,6 +85,16 @@ def convert(path: Path, output: Path | None, options: ConvertOptions, how: RunOp
         tuple(notes), started, written,
     )  # fmt: skip
     return publish(outcome, output, options.form, how)
+
+
+def _named(adapter: Adapter, model: Model, options: ConvertOptions) -> Adapter:
+    """With the model's own names, where kohya's joined ones are not to be written again."""
+    wanted = options.form.dialect
+    if wanted is None and options.to not in ("", *plugins.load("dialects", "kohya").VARIANTS):
+        wanted = "peft"
+    if adapter.dialect != "kohya" or wanted in (None, "kohya"):
+        return adapter
+    return dotted(adapter, model, parts=wanted == "diffusers").adapter
 
 
 def _on_text(adapter: Adapter, model: Model | None, options: ConvertOptions) -> OnText | None:

@@ -23,6 +23,7 @@ class Row:
     verdict: Verdict
     why: str
     source: str
+    versions: str = ""
     where: tuple[str, ...] = ()
 
 
@@ -74,7 +75,8 @@ def _rows(adapter: Adapter, runtime: Runtime, model: Model | None) -> list[Row]:
         reads = " or ".join(runtime.layouts)
         why = f"the layout is {adapter.dialect}, and {reads} is read"
         verdict: Verdict = claim.verdict if claim else "unknown"
-        rows.append(Row("layout", verdict, why, claim.source if claim else ""))
+        known = (claim.source, claim.versions) if claim else ("", "")
+        rows.append(Row("layout", verdict, why, *known))
     # what the runtime's own layout says needs no converter that could lose it
     own = runtime.layouts[0] == adapter.dialect != "peft"
     claims = runtime.claims_on(model.config if model else adapter.base_config)
@@ -89,12 +91,12 @@ def _rows(adapter: Adapter, runtime: Runtime, model: Model | None) -> list[Row]:
 def _row(feature: Feature, claims: Mapping[str, Claim], *, own: bool) -> Row:
     claim = claims.get(feature.name)
     if own and feature.name in ("rsLoRA", "alpha_pattern", "rank_pattern", "embeddings"):
-        return Row(feature.name, "ok", "its own layout says it", "", feature.where)
+        return Row(feature.name, "ok", "its own layout says it", "", "", feature.where)
     if claim is None or (claim.by_scale and not feature.scales):
         why = (
             "nobody has looked"
             if claim is None
             else "the scales are alike; nobody has looked further"
         )
-        return Row(feature.name, "unknown", why, "", feature.where)
-    return Row(feature.name, claim.verdict, claim.why, claim.source, feature.where)
+        return Row(feature.name, "unknown", why, "", "", feature.where)
+    return Row(feature.name, claim.verdict, claim.why, claim.source, claim.versions, feature.where)

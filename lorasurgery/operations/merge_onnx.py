@@ -1,39 +1,50 @@
-"""Merge adapters into the initializers of an ONNX file, or take them out: W' = round(W + Σ s B A)."""
+"""Merge adapters into the initializers of an ONNX file, or take them out: W' = round(W + ΔW)."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from lorasurgery import targets
-from lorasurgery.adapter import Adapter
+from lorasurgery.change import Change, Rows
 from lorasurgery.errors import VerificationError
-from lorasurgery.export._onnx_edit import Edited, open_for_surgery
+from lorasurgery.export._onnx_edit import open_for_surgery
 from lorasurgery.export._onnx_merge import Merging, put
 from lorasurgery.export._onnx_modules import Modules, open_modules
 from lorasurgery.export._onnx_write import check_file
-from lorasurgery.model import Model
 from lorasurgery.operations._adapters import open_adapters
+from lorasurgery.operations._onnx_laid import Laid, lay_out_of, lay_upon, plain
 from lorasurgery.operations._onnx_output import Deed, deliver
 from lorasurgery.operations.merging.edits import Rounding
 from lorasurgery.operations.merging.retained import Sums, total
-from lorasurgery.problems import Problem, refuse
+from lorasurgery.operations.undoing.onnx_record import keeping_base
+from lorasurgery.operations.undoing.undo_file import check_target
 from lorasurgery.report import Report, Result
 from lorasurgery.surgery import RunOptions
-from lorasurgery.targets import Resolved
+from lorasurgery.targets import Whole
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxMergeOptions:
-    """`names` maps modules to initializers or nodes; the others are derived. `out` takes adapters out."""
+    """`names` maps modules to initializers or nodes; the others are derived. `out` takes adapters out.
+
+    undo: a file to be written that brings the base back byte for byte.
+    """
 
     names: Mapping[str, str] = field(default_factory=dict)
     allowed: tuple[str, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
     min_retained: float | None = None
     out: bool = False
+    undo: Path | None = None
+
+    @property
+    def operation(self) -> str:
+        return "unmerge" if self.out else "merge"
 
 
 def merge_onnx(
@@ -48,77 +59,96 @@ def merge_onnx(
     Raises MatchError for a part that has no place, VerificationError where less was kept than asked for.
     """
     started = time.perf_counter()
-    if output:
-        check_file(output, base, overwrite=how.output.overwrite)
+    _check_places(base, output, options, overwrite=how.output.overwrite)
     edited = open_for_surgery(base)
     model, view = open_modules(edited.file, options.names)
-    opened = [(plain(a), -w if options.out else w) for a, w in open_adapters(adapters)]
-    resolved, notes = lay_upon(model, opened, options.allowed)
-    merged, more = _merge(edited, view, resolved, options)
-    operation = "unmerge" if options.out else "merge"
-
-    def report(nbytes: int) -> Report:
-        results = tuple(_result(one) for one in merged)
-        sums = total(results)
-        counts = {"tensors": len(results), "others": len(view) - len(results)}
-        size = {"bytes": float(nbytes)} if nbytes else {}
-        return Report(
-            operation, results, time.perf_counter() - started, {**counts, **sums.metrics(), **size},
-            (*notes, *more),
-        )  # fmt: skip
-
-    def check() -> None:
-        kept = total(tuple(_result(one) for one in merged)).retained
-        if options.min_retained is not None and kept < options.min_retained:
-            raise VerificationError(
-                f"{operation}: retained signal is {kept:.3f}, less than --min-retained "
-                f"{options.min_retained:g}: nothing was written. --rounding stochastic --seed 0 keeps it "
-                "on average, a float32 export all of it."
-            )
-
-    inputs = {"base": base, **{f"adapter {i}": a.path for i, (a, _) in enumerate(opened, 1)}}
-    settings = {
-        "adapters": list(adapters), "map": dict(options.names), "seed": options.rounding.seed,
-    }  # fmt: skip
-    found = deliver(edited, output, how, Deed(report, settings, inputs, check))
-    check()
-    return found
-
-
-def plain(adapter: Adapter) -> Adapter:
-    """The adapter with weights meant as [out, in], as ONNX files are seen, whatever the trainer stored."""
-    return replace(adapter, sites=tuple(replace(s, fan_in_fan_out=False) for s in adapter.sites))
-
-
-def lay_upon(
-    model: Model, adapters: Sequence[tuple[Adapter, float]], allowed: Sequence[str]
-) -> tuple[Resolved, list[str]]:
-    """Where everything goes, and what was left out; whole tensors have no place in a graph."""
-    resolved = targets.combine([targets.resolve(model, a, weight) for a, weight in adapters])
-    whole = [*resolved.replaced, *resolved.added]
-    problems = [
-        *resolved.problems,
-        *targets.unmatched(model, resolved),
-        *(Problem(n, f"{n}: the adapter brings it whole, which no ONNX file takes") for n in whole),
-    ]
-    left = refuse(", ".join(str(a.path) for a, _ in adapters), problems, allowed)
-    return resolved, [f"left out: {problem.message}." for problem in left]
-
-
-def _merge(
-    edited: Edited, view: Modules, resolved: Resolved, options: OnnxMergeOptions
-) -> tuple[list[Merging], list[str]]:
-    merged, notes = [], []
-    for name, target in resolved.targets.items():
-        linear = view.linears[name]
-        one = Merging(edited.file, linear, target, options.rounding.of(name))
+    opened = [(plain(adapter), weight) for adapter, weight in open_adapters(adapters, model)]
+    laid = (lay_out_of if options.out else lay_upon)(model, view, opened, options.allowed)
+    merged = [_merging(view, name, laid, options) for name in laid.names]
+    for one in merged:
         put(edited, one)
-        merged.append(one)
-        if not linear.alone:
-            notes.append(
-                f"{linear.module}: shared {linear.initializer}, and has a weight of its own now."
-            )
-    return merged, notes
+    deed = Deed(
+        lambda nbytes: replace(
+            _report(view, merged, laid, options, nbytes), seconds=time.perf_counter() - started
+        ),
+        {"adapters": list(adapters), "map": dict(options.names), "seed": options.rounding.seed},
+        {"base": base, **{f"adapter {i}": a.path for i, (a, _) in enumerate(opened, 1)}},
+        partial(_check, merged, options),
+    )
+    if output is None or options.undo is None:
+        found = deliver(edited, output, how, deed)
+        deed.check()
+        return found
+    with keeping_base(options.undo, edited, merged, opened) as assemble:
+
+        def complete() -> None:
+            deed.check()
+            assemble()
+
+        return deliver(edited, output, how, replace(deed, check=complete))
+
+
+def _check_places(
+    base: Path, output: Path | None, options: OnnxMergeOptions, *, overwrite: bool
+) -> None:
+    if output:
+        check_file(output, base, overwrite=overwrite)
+        if options.undo:
+            check_target(options.undo, output, overwrite=overwrite)
+
+
+def _report(
+    view: Modules, merged: Sequence[Merging], laid: Laid, options: OnnxMergeOptions, nbytes: int
+) -> Report:
+    results = tuple(map(_result, merged))
+    counts = {
+        "tensors": sum("signal" in r.metrics for r in results),
+        "replaced": sum("replaced" in r.metrics for r in results),
+        "others": len(view) - len(results),
+    }
+    size = {"bytes": float(nbytes)} if nbytes else {}
+    numbers = {**counts, **total(results).metrics(), **size}
+    return Report(options.operation, results, 0.0, numbers, (*laid.notes, *_shared(merged)))
+
+
+def _check(merged: Sequence[Merging], options: OnnxMergeOptions) -> None:
+    kept = total(map(_result, merged)).retained
+    if options.min_retained is not None and kept < options.min_retained:
+        raise VerificationError(
+            f"{options.operation}: retained signal is {kept:.3f}, less than --min-retained "
+            f"{options.min_retained:g}: nothing was written. --rounding stochastic --seed 0 keeps it "
+            "on average, a float32 export all of it."
+        )
+
+
+def _merging(view: Modules, name: str, laid: Laid, options: OnnxMergeOptions) -> Merging:
+    resolved = laid.resolved
+    whole = resolved.replaced.get(name)
+    change: Callable[[Rows], Change] | None = None
+    if name in resolved.targets:
+        change = resolved.targets[name].change
+    elif name in resolved.added:
+        change = _bias(resolved.added[name])
+    load = whole.load if whole else None
+    return Merging(view, name, change, load, options.rounding.of(name))
+
+
+def _bias(wholes: tuple[Whole, ...]) -> Callable[[Rows], Change]:
+    return lambda _: targets.bias_change(wholes)
+
+
+def _shared(merged: Sequence[Merging]) -> list[str]:
+    """Notes on initializers that were divided."""
+    return [
+        f"{_module(one.name)}: shared {one.place.initializer}, and has "
+        f"{'a bias' if one.name.endswith('.bias') else 'a weight'} of its own now."
+        for one in merged
+        if not one.place.alone
+    ]
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias")
 
 
 def _result(one: Merging) -> Result:
@@ -126,6 +156,9 @@ def _result(one: Merging) -> Result:
     sums = Sums()
     for of_tile in one.finish():
         sums.add(*of_tile)
-    own = one.linear.initializer == f"{one.linear.module}.weight"
-    name = one.linear.module if own else f"{one.linear.module} <- {one.linear.initializer}"
-    return Result(name, {**sums.metrics(), "rank": one.rank}, one.read, one.written)
+    shown = one.name.removesuffix(".weight") if one.name in one.view.linears else one.name
+    own = one.place.initializer == one.name
+    name = shown if own else f"{shown} <- {one.place.initializer}"
+    facts = {"replaced": float(math.prod(one.place.shape))} if one.whole else {}
+    metrics = {**sums.metrics(), "rank": one.rank} if one.change else {}
+    return Result(name, {**metrics, **facts}, one.read, one.written)

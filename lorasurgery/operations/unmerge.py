@@ -14,7 +14,7 @@ from lorasurgery import plugins
 from lorasurgery.adapter import Adapter, Site, Variant
 from lorasurgery.change import Change
 from lorasurgery.checkpoint import MANIFEST
-from lorasurgery.errors import MatchError
+from lorasurgery.errors import FormatError, MatchError
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
 from lorasurgery.operations.merging.options import MergeOptions
@@ -63,7 +63,11 @@ def unmerge(
 
 def plan_exact(model: Model, adapters: Sequence[tuple[Adapter, float]], undo: UndoFile) -> Plan:
     """The base's own files, from the merged ones and the undo file."""
-    _check_adapters(adapters, undo)
+    if "shards" not in undo.facts:
+        raise FormatError(
+            f"{undo.path}: was written for a graph, and {model.path} is a checkpoint."
+        )
+    check_adapters(adapters, undo)
     parts = combine([resolve(model, adapter, weight) for adapter, weight in adapters])
     resolved = settle(model, parts, undo.facts["tied"]).resolved
     changes: dict[str, Callable[[], Change]] = {n: t.change for n, t in resolved.targets.items()}
@@ -105,6 +109,14 @@ def _without_wholes(
     adapters: Sequence[tuple[Adapter, float]], options: UnmergeOptions
 ) -> list[tuple[Adapter, float]]:
     """What can be subtracted; replaced and rescaled tensors are lost, and stay only if that is allowed."""
+    where = ", ".join(str(adapter.path) for adapter, _ in adapters)
+    problems = [*lost_parts(adapters), *(p for adapter, _ in adapters for p in adapter.problems)]
+    refuse(where, problems, options.allowed)
+    return [(replace(a, problems=()), w) for a, w in subtractable(adapters)]
+
+
+def lost_parts(adapters: Sequence[tuple[Adapter, float]]) -> list[Problem]:
+    """What cannot be brought back by subtraction."""
     lost = [
         Problem(name, f"{name} was replaced as a whole: only the undo file brings back the base's")
         for adapter, _ in adapters
@@ -120,17 +132,14 @@ def _without_wholes(
         for site in adapter.sites
         if not _subtracted(site)
     ]
-    where = ", ".join(str(adapter.path) for adapter, _ in adapters)
-    problems = [*lost, *(p for adapter, _ in adapters for p in adapter.problems)]
-    refuse(where, problems, options.allowed)
+    return lost
+
+
+def subtractable(adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """The adapters without what is lost."""
     return [
-        (
-            replace(
-                adapter, sites=tuple(filter(_subtracted, adapter.sites)), replaced={}, problems=()
-            ),
-            w,
-        )
-        for adapter, w in adapters
+        (replace(adapter, sites=tuple(filter(_subtracted, adapter.sites)), replaced={}), weight)
+        for adapter, weight in adapters
     ]
 
 
@@ -139,7 +148,8 @@ def _subtracted(site: Site) -> bool:
     return variant.LINEAR_IN_W
 
 
-def _check_adapters(adapters: Sequence[tuple[Adapter, float]], undo: UndoFile) -> None:
+def check_adapters(adapters: Sequence[tuple[Adapter, float]], undo: UndoFile) -> None:
+    """Raise MatchError unless these are what was merged."""
     keys = ("digest", "weight")
     got = [[fact[k] for k in keys] for fact in adapter_facts(adapters)]
     want = [[fact[k] for k in keys] for fact in undo.facts["adapters"]]

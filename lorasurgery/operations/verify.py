@@ -20,7 +20,7 @@ from lorasurgery.export._onnx_modules import open_modules
 from lorasurgery.formats.onnx import File
 from lorasurgery.model import Model, open_model
 from lorasurgery.operations._adapters import open_adapters
-from lorasurgery.operations.merge_onnx import plain
+from lorasurgery.operations._onnx_laid import plain
 from lorasurgery.operations.verifying.check import Finding, check
 from lorasurgery.operations.verifying.expected import Expected, expect
 from lorasurgery.operations.verifying.verdict import CODES

@@ -37,18 +37,24 @@ class Targets:
     def config(self) -> dict[str, Any]:
         """The fields of PEFT's config that say the same."""
         return {
-            "target_modules": _names(self.modules) or "all-linear",
-            "exclude_modules": _names(self.exclude),
+            "target_modules": _names(self.modules, "--target-modules") or "all-linear",
+            "exclude_modules": _names(self.exclude, "--exclude-modules"),
             "layers_to_transform": list(self.layers) or None,
             "modules_to_save": list(self.whole) or None,
         }
 
 
-def _names(given: Sequence[str]) -> list[str] | str | None:
-    """Names as a list; one word that no module can be called is a regular expression."""
-    if len(given) == 1 and re.search(r"[^\w.\-]", given[0]):
-        return given[0]
-    return list(given) or None
+def _names(given: Sequence[str], flag: str) -> list[str] | str | None:
+    """Names as a list; one word that no module can be called is a regular expression. Raises UsageError."""
+    if len(given) != 1 or not re.search(r"[^\w.\-]", given[0]):
+        return list(given) or None
+    try:
+        re.compile(given[0])
+    except re.error as error:
+        raise UsageError(
+            f"{flag} {given[0]}: is no name and no regular expression ({error}). Mend it."
+        ) from None
+    return given[0]
 
 
 def places(model: nn.Module, targets: Targets) -> list[Place]:
@@ -75,8 +81,9 @@ def places(model: nn.Module, targets: Targets) -> list[Place]:
         )
     if not found:
         known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)})
+        where = f" in layers {', '.join(map(str, targets.layers))}" if targets.layers else ""
         raise MatchError(
-            f"--target-modules: no module is named by {', '.join(targets.modules) or 'all-linear'}. "
+            f"--target-modules: no module{where} is named by {', '.join(targets.modules) or 'all-linear'}. "
             f"{suggestion(targets.modules[0] if targets.modules else '', known)}"
         )
     return found

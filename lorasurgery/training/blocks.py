@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lorasurgery.adapters import moral
+from lorasurgery.errors import MatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +36,16 @@ class Routed:
         config: AdapterConfig,
         base: Base | None = None,  # noqa: ARG002 - as a variant has it
     ) -> Tensor:
-        """What is added to x Wᵀ."""
+        """What is added to x Wᵀ. Raises MatchError where the block's first layer has not seen these tokens."""
         if "router" in factors:
             self.held[self.name] = moral.gates(x, factors["router"], config)
-        return moral.added(x, self.held[self.name], factors, config)
+        gates = self.held.get(self.name)
+        if gates is None or gates.shape[:-1] != x.shape[:-1]:
+            raise MatchError(
+                f"{self.name}: has the router of its block, but another layer is run before it, or on other "
+                "tokens. Train with --router linear."
+            )
+        return moral.added(x, gates, factors, config)
 
 
 def block_of(path: str) -> str:

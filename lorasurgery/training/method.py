@@ -120,6 +120,10 @@ class Hooks:
         """What the report tells of modules in the end."""
         return {}
 
+    def notes(self) -> Sequence[str]:
+        """What must be said beside the numbers."""
+        return ()
+
     def state(self) -> dict[str, Any]:
         return {}
 

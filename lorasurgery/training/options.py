@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from lorasurgery.codec import CodecOptions
+from lorasurgery.errors import UsageError
 from lorasurgery.training.attach import Targets
 from lorasurgery.training.examples import Reading
 from lorasurgery.training.method import Wanted
@@ -72,6 +74,21 @@ class TrainOptions:
     machine: Machine = Machine()
     dialect: str | None = None
     watch: Watch = field(default=lambda _told, _steps: None, compare=False)
+
+    def check(self) -> None:
+        """Raises UsageError for a number that cannot be meant."""
+        pace, wanted = self.pace, self.wanted
+        limits = (
+            ("--epochs", pace.epochs, math.inf), ("--lr", pace.rate, math.inf),
+            ("--weight-decay", pace.decay, math.inf), ("--warmup", pace.warmup, math.inf),
+            ("--beta2", pace.settings.betas[1], 1.0), ("--alpha", wanted.alpha, math.inf),
+            ("--seed", wanted.seed, 2.0**63),
+        )  # fmt: skip
+        for flag, value, limit in limits:
+            if value is not None and not 0 <= value < limit:
+                raise UsageError(
+                    f"{flag} {value:g}: is out of range. Pass 0 or more, below {limit:g}."
+                )
 
     @property
     def settings(self) -> dict[str, Any]:

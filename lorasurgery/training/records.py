@@ -31,7 +31,7 @@ class Record:
     label: int | float | str | None = None
 
 
-def files(text: str) -> list[Path]:
+def files(text: str, flag: str = "--data") -> list[Path]:
     """A file, a directory's data files in the order of their names, or those of a data set on the hub.
 
     Raises FormatError where there is none.
@@ -42,11 +42,11 @@ def files(text: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FormatError(f"{path}: no such file or directory. Check the path of --data.")
+        raise FormatError(f"{path}: no such file or directory. Check the path of {flag}.")
     found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     if not found:
         raise FormatError(
-            f"{path}: no {' or '.join(SUFFIXES)} file in it. Check the path of --data."
+            f"{path}: no {' or '.join(SUFFIXES)} file in it. Check the path of {flag}."
         )
     return found
 

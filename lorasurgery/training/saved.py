@@ -6,7 +6,7 @@ something trained came before it: what is kept beyond that is kept for the adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,16 @@ def report(trainer: Trainer) -> dict[str, float]:
         with _all_trained(detours):
             lora = once()
         found |= {"saved_bytes_as_lora": lora, "saved_bytes_of_lora_adapter": lora - base}
-    return {name: float(count) for name, count in found.items()}
+    return {name: float(count) for name, count in found.items()} | _shares(found)
+
+
+def _shares(found: Mapping[str, int]) -> dict[str, float]:
+    """Of what LoRA keeps, where that is something else."""
+    lora = found.get("saved_bytes_as_lora", found["saved_bytes"])
+    if lora == found["saved_bytes"]:
+        return {}
+    own = found["saved_bytes_of_adapter"] / found["saved_bytes_of_lora_adapter"]
+    return {"saved_share": found["saved_bytes"] / lora, "saved_share_of_adapter": own}
 
 
 def kept(model: nn.Module, forward: Callable[[], Any]) -> int:
@@ -56,7 +65,7 @@ def kept(model: nn.Module, forward: Callable[[], Any]) -> int:
     def note(tensor: Tensor) -> Tensor:
         if _place(tensor) not in own:
             found[_place(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the graph that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         alive = forward()  # while the graph is, no memory is given away twice

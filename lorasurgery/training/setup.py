@@ -40,6 +40,7 @@ class Prepared:
 
 def prepare(base: Path, options: TrainOptions, ranks: Ranks = ALONE) -> Prepared:
     """Raises what each part does of an input that cannot be used."""
+    options.check()
     method = cast(Method, methods.load(options.method))
     own = method.Options() if options.own is None else options.own
     method.configure(options.wanted, own)  # before a model is loaded for nothing

@@ -63,6 +63,8 @@ def _train(
     base: Path, output: Path | None, options: TrainOptions, how: RunOptions, ranks: Ranks
 ) -> Trained:
     started = time.perf_counter()
+    if options.dialect:
+        plugins.load("dialects", options.dialect)  # not found, it would be so after all steps
     inputs = {"base": base, **{f"data{i}": p for i, p in enumerate(_files(options))}}
     if chosen := getattr(options.own, "keep", None):  # another choice of modules is another run
         inputs["keep"] = Path(chosen)
@@ -96,7 +98,8 @@ def _begun(output: Path, plan: str, how: RunOptions) -> Report | None:
 
 
 def _files(options: TrainOptions) -> list[Path]:
-    return [path for text in (*options.data, *options.held.data) for path in files(text)]
+    held = [path for text in options.held.data for path in files(text, "--eval-data")]
+    return [*(path for text in options.data for path in files(text)), *held]
 
 
 def _identity(inputs: Mapping[str, Path], options: TrainOptions) -> str:
@@ -149,7 +152,8 @@ class _Run:
         trainer = self.prepared.trainer
         trainer.take_best()
         trainer.parts.hooks.finish()
-        return replace(report, total={**report.total, **self._figures()}, results=self._told())
+        total, notes = {**report.total, **self._figures()}, tuple(trainer.parts.hooks.notes())
+        return replace(report, total=total, results=self._told(), notes=(*report.notes, *notes))
 
     def _left(self, output: Output, saved: Path) -> str:
         kept = state.load(saved).step

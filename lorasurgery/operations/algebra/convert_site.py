@@ -1,13 +1,13 @@
 """One site as another variant: by a closed form where there is one, by the nearest low rank where not.
 
-Every way leads through LoRA. A variant whose change is no product of small factors is seen on its base weight.
+Every way leads through LoRA but those of `direct.py`. A variant whose change is no product of small factors is seen on its base weight.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,14 +15,14 @@ from lorasurgery.adapter import Adapter, Site
 from lorasurgery.arrays import Array
 from lorasurgery.errors import MatchError, UsageError
 from lorasurgery.operations.activations.probe import Moment
-from lorasurgery.operations.activations.weighed import Cut, Product, cut_matrix
-from lorasurgery.operations.algebra.interference import inner
+from lorasurgery.operations.activations.weighed import cut_matrix
+from lorasurgery.operations.algebra.cutting import AsLora, as_cut, cut, cut_weighed
+from lorasurgery.operations.algebra.direct import directly, way
 from lorasurgery.operations.algebra.into import Form, Held, exactly, nearest_of
 from lorasurgery.operations.algebra.made import check_finite, kept, name_of, pair, variant_of
 from lorasurgery.operations.algebra.nearest import Aim, loss, nearest
 from lorasurgery.operations.algebra.site_weights import SiteWeights
 from lorasurgery.operations.algebra.subspace import square
-from lorasurgery.operations.algebra.svd import of_product, rank_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +52,13 @@ class Converted:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class _AsLora:
-    a: Array
-    b: Array
-    error2: float
-    norm2: float
-    exact: bool
-    weight2: float | None  # ||W + ΔW||², where W is known
-    weighed: dict[str, float] = field(default_factory=dict)  # errors of outputs
-
-
 def convert_site(how: Conversion, site: Site) -> Converted:
     """Raises UsageError where the base is needed, MatchError where there is no way."""
     if _is_wanted(how, site):
         return Converted(site, True, {"energy": 1.0, "relative_error": 0.0})
     w = how.weights.read(site) if how.weights and _depends(how, site) else None
+    if made := _directly(how, site, w):
+        return Converted(made, True, {"energy": 1.0, "relative_error": 0.0})
     found = _as_lora(how, site, w)
     seen = _as_matrix(how, site)
     if how.to == "lora":
@@ -84,8 +75,24 @@ def convert_site(how: Conversion, site: Site) -> Converted:
 
 def _is_wanted(how: Conversion, site: Site) -> bool:
     """Whether nothing is asked of it but what it is."""
-    asked = how.folded or how.aim.rank is not None or how.aim.energy is not None
-    return site.config.variant == how.to and not asked and how.residual is None
+    return site.config.variant == how.to and not _asked(how)
+
+
+def _asked(how: Conversion) -> bool:
+    cut = how.aim.rank is not None or how.aim.energy is not None
+    return how.folded or cut or how.residual is not None
+
+
+def _directly(how: Conversion, site: Site, w: Array | None) -> Site | None:
+    """The same change without a LoRA between them, where there is such a way and all of it is kept."""
+    if _asked(how) or way(site.config.variant, how.to) is None:
+        return None
+    if w is None:
+        raise needs_base(site.config.variant, how.to)
+    made = directly(site, how.to, w)
+    if made is not None:
+        check_finite(how.adapter, site, *made.load().values())
+    return made
 
 
 def _depends(how: Conversion, site: Site) -> bool:
@@ -102,7 +109,7 @@ def _metrics(rank: int, error2: float, norm2: float, w2: float | None) -> dict[s
     return found | ({"weight_error": (error2 / w2) ** 0.5} if w2 else {})
 
 
-def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
+def _as_lora(how: Conversion, site: Site, w: Array | None) -> AsLora:
     form = pair(site)
     if form is not None and how.residual is not None:
         assert w is not None, site
@@ -113,8 +120,8 @@ def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
         check_finite(how.adapter, site, *form)
         weight2 = None if w is None else square(w + form[1] @ form[0])
         if how.moments is not None:
-            return _cut_weighed(form, how.aim, how.moments[name_of(site)], weight2)
-        return _cut(form, how.aim, weight2)
+            return cut_weighed(form, how.aim, how.moments[name_of(site)], weight2)
+        return cut(form, how.aim, weight2)
     if w is None and not variant_of(site).LINEAR_IN_W:
         raise needs_base(site.config.variant, how.to)
     if how.aim.rank is None and how.aim.energy is None:
@@ -126,9 +133,9 @@ def _as_lora(how: Conversion, site: Site, w: Array | None) -> _AsLora:
     check_finite(how.adapter, site, delta)
     weight2 = None if w is None else square(w + delta)
     if how.moments is not None:
-        return _as_cut(*cut_matrix(delta, how.aim, how.moments[name_of(site)]), weight2)
+        return as_cut(*cut_matrix(delta, how.aim, how.moments[name_of(site)]), weight2)
     a, b, error2, norm2 = nearest(delta, how.aim)
-    return _AsLora(a, b, error2, norm2, exact=False, weight2=weight2)
+    return AsLora(a, b, error2, norm2, exact=False, weight2=weight2)
 
 
 def _on(site: Site, w: Array) -> tuple[Array, Array] | None:
@@ -140,7 +147,7 @@ def _on(site: Site, w: Array) -> tuple[Array, Array] | None:
     return found
 
 
-def _beside(how: Conversion, site: Site, w: Array, form: tuple[Array, Array]) -> _AsLora:
+def _beside(how: Conversion, site: Site, w: Array, form: tuple[Array, Array]) -> AsLora:
     """What turns W into the residual with B A on it: where a start of rank r was moved, of rank 2 r."""
     assert how.residual is not None, site
     merged = how.residual.read(site) + form[1] @ form[0]
@@ -149,7 +156,7 @@ def _beside(how: Conversion, site: Site, w: Array, form: tuple[Array, Array]) ->
     asked = how.aim.rank is not None or how.aim.energy is not None
     aim = how.aim if asked else replace(how.aim, rank=2 * form[0].shape[-2])
     a, b, error2, norm2 = nearest(delta, aim)
-    return _AsLora(a, b, error2, norm2, exact=False, weight2=square(merged))
+    return AsLora(a, b, error2, norm2, exact=False, weight2=square(merged))
 
 
 def needs_base(variant: str, to: str) -> UsageError:
@@ -175,46 +182,6 @@ def nothing(shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(np.float32(0), shape)
 
 
-def _cut(form: tuple[Array, Array], aim: Aim, weight2: float | None) -> _AsLora:
-    """The factors as they are, or the first singular triplets of their product."""
-    a, b = form
-    if aim.energy is None and (aim.rank is None or a.shape[-2] <= aim.rank):
-        return _AsLora(a, b, 0.0, inner(form, form), exact=True, weight2=weight2)
-    found = of_product(a, b)
-    squares = np.square(found.s).reshape(-1, found.s.shape[-1]).sum(axis=0)
-    rank = _rank(squares, aim)
-    lost = float(squares[rank:].sum())
-    whole = float(squares.sum())
-    return _AsLora(*found.factors(rank), lost, whole, exact=lost == 0, weight2=weight2)
-
-
-def _cut_weighed(
-    form: tuple[Array, Array], aim: Aim, moment: Moment, weight2: float | None
-) -> _AsLora:
-    """`_cut`, with energy and nearness counted in the module's outputs."""
-    product = Product(*form, moment)
-    rank = _rank(product.energy, aim)
-    made, plain = product.cut(rank), product.plain(rank)
-    if rank < min(len(product.energy), form[0].shape[-2]):
-        return _as_cut(made, plain, weight2)
-    whole = _cut(form, Aim(), weight2)
-    nothing_lost = replace(made, error2=0.0, output_error2=0.0)
-    return replace(whole, weighed=nothing_lost.outputs | nothing_lost.unweighted)
-
-
-def _as_cut(made: Cut, plain: Cut, weight2: float | None) -> _AsLora:
-    return _AsLora(
-        made.a, made.b, made.error2, made.norm2, exact=made.error2 == 0, weight2=weight2,
-        weighed=made.outputs | plain.unweighted,
-    )  # fmt: skip
-
-
-def _rank(squares: Array, aim: Aim) -> int:
-    """How many of the energies by rank [k] are aimed at."""
-    rank = len(squares) if aim.energy is None else max(1, rank_for(squares, aim.energy))
-    return min(rank, aim.rank or rank)
-
-
 def _as_matrix(how: Conversion, site: Site) -> Site:
     """A convolution whose factors know the channels alone becomes one whose factors know all of W."""
     if site.layout != "channels":
@@ -223,7 +190,7 @@ def _as_matrix(how: Conversion, site: Site) -> Site:
     return replace(site, layout="linear", kernel=how.weights.kernel(site))
 
 
-def _from_lora(how: Conversion, site: Site, w: Array | None, found: _AsLora) -> tuple[Site, float]:
+def _from_lora(how: Conversion, site: Site, w: Array | None, found: AsLora) -> tuple[Site, float]:
     """The site, and ||B A - what it does||²."""
     a, b = found.a, found.b
     if w is None and (how.form.bound or not how.form.module.LINEAR_IN_W):

@@ -9,6 +9,7 @@ import numpy as np
 
 from lorasurgery import plugins
 from lorasurgery.adapter import AdapterConfig, Variant
+from lorasurgery.operations.algebra.direct import way
 from lorasurgery.operations.algebra.into import Takes, takes
 
 # W is large enough for a product of rank r² to be of low rank
@@ -18,15 +19,16 @@ _NAMES = {_RANK: "exact", 2 * _RANK: "exact at rank 2r", _RANK**2: "exact at ran
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """From a variant to LoRA, and from LoRA to it."""
+    """From a variant to LoRA, and from LoRA to it; and which other variants become it exactly without."""
 
     variant: str
     to_lora: str
     from_lora: str
+    straight: tuple[str, ...]
 
 
 def lattice() -> list[Way]:
-    """Every variant; from one to another leads through LoRA."""
+    """Every variant; from one to another leads through LoRA, or straight."""
     return [_way(name) for name in plugins.names("adapters")]
 
 
@@ -45,6 +47,7 @@ def _way(name: str) -> Way:
         if rank
         else nearest,
         _from_lora(name, base or (", of the base" if getattr(variant, "BOUND", False) else "")),
+        tuple(other for other in plugins.names("adapters") if way(other, name)),
     )
 
 

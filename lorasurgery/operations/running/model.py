@@ -15,6 +15,7 @@ from lorasurgery.errors import FormatError, UsageError
 from lorasurgery.export._onnx_adapter_files import FOLDER, find_adapter
 from lorasurgery.export._onnx_decoder import GENAI_CONFIG
 from lorasurgery.model import resolve
+from lorasurgery.operations.running.encoder import is_encoder
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
@@ -62,8 +63,13 @@ class LanguageModel(Protocol):
 def load(path: Path, runtime: RuntimeName = "auto", adapter: str | None = None) -> LanguageModel:
     """The model, with an adapter switched on that was exported with it, or laid upon a directory.
 
-    Raises UsageError where the extra is missing, FormatError for what the runtime cannot load.
+    Raises UsageError where the extra is missing, FormatError for an encoder, and what the runtime cannot load.
     """
+    if is_encoder(path):
+        raise FormatError(
+            f"{path}: is an encoder, which goes on with no text. See what it makes of one with "
+            "`lorasurgery evaluate A B --text FILE`."
+        )
     chosen = _runtime(path) if runtime == "auto" else runtime
     module, package = _NEEDS[chosen]
     if find_spec(module) is None:

@@ -15,8 +15,8 @@ from lorasurgery.operations.runtimes.claims import ONE_BY_ONE, SOME, STACKED
 from lorasurgery.operations.runtimes.experts import some_missing
 from lorasurgery.targets import unmatched
 
-# what PEFT's files say of a variant that is none of these is another type's
-_LORA = ("lora", "dora")
+# what is told by itself
+_NAMED = ("lora", "dora", "ia3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ def _of_sites(sites: tuple[Site, ...]) -> Iterable[Feature]:
         "alpha_pattern": lambda s: s.config.alpha != alpha,
         "rank_pattern": lambda s: s.config.rank != rank,
         "DoRA": lambda s: s.config.variant == "dora",
-        "other variants": lambda s: s.config.variant not in _LORA,
+        "IA3": lambda s: s.config.variant == "ia3",
+        "other variants": lambda s: s.config.variant not in _NAMED,
         "embeddings": lambda s: s.layout == "embedding",
         "target_parameters": lambda s: s.layout == "parameter" and not is_stacked(s),
         STACKED: is_stacked,

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from lorasurgery import plugins
-from lorasurgery.adapter import Adapter, AdapterConfig, Dialect, Site, Variant
+from lorasurgery.adapter import Adapter, AdapterConfig, Site, Variant
 from lorasurgery.errors import MatchError
 from lorasurgery.model import Model
 from lorasurgery.operations.algebra.svd import padded
@@ -21,13 +21,14 @@ from lorasurgery.operations.runtimes.claims import ONE_BY_ONE, SOME, STACKED, Ru
 from lorasurgery.operations.runtimes.dotted import dotted
 from lorasurgery.operations.runtimes.experts import fitted_experts
 from lorasurgery.operations.runtimes.features import features
+from lorasurgery.operations.runtimes.near import reads
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
 
 # what baking mends, or what is judged by site
-_MENDED = ("rsLoRA", "alpha_pattern", "rank_pattern", "DoRA", "other variants")
+_MENDED = ("rsLoRA", "alpha_pattern", "rank_pattern", "DoRA", "IA3", "other variants")
 # what the caller has refused or allowed before
 _DECIDED = ("parts that are not understood",)
 
@@ -60,13 +61,10 @@ def fit(adapter: Adapter, runtime: str, model: Model | None = None) -> Fitted:
     kept = tuple(site for site in adapter.sites if id(site) in there)
     _refuse(replace(adapter, sites=kept), runtime, known, model)
     adapter = relaid.adapter
-    sites, notes = adapter.sites, relaid.notes
-    if runtime != "peft":  # which is what everything was written for
-        holds = cast(Dialect, plugins.load("dialects", dialect)).VARIANTS
-        plain = [_plain(adapter, site, runtime, holds) for site in adapter.sites]
-        ranks = _ranks(adapter, plain, runtime, known)
-        sites = tuple(_sized(site, rank) for site, rank in zip(plain, ranks, strict=True))
-        notes = (*notes, *_notes(adapter.sites, sites))
+    plain = [_plain(adapter, site, runtime) for site in adapter.sites]
+    ranks = _ranks(adapter, plain, runtime, known)
+    sites = tuple(_sized(site, rank) for site, rank in zip(plain, ranks, strict=True))
+    notes = (*relaid.notes, *_notes(adapter.sites, sites))
     config = model.config if model is not None else adapter.base_config
     settings = adapter.settings if adapter.dialect == dialect else {}
     made = replace(
@@ -92,14 +90,12 @@ def _refuse(adapter: Adapter, runtime: str, known: Runtime, model: Model | None)
         )
 
 
-def _plain(adapter: Adapter, site: Site, runtime: str, holds: tuple[str, ...]) -> Site:
+def _plain(adapter: Adapter, site: Site, runtime: str) -> Site:
     """The site as LoRA with scaling 1; as it is where the runtime reads its variant."""
     variant = site.config.variant
-    if variant != "lora":
-        name = "DoRA" if variant == "dora" else "other variants"
-        claim = runtime_of(runtime).claims.get(name)
-        if variant in holds and claim is not None and claim.verdict == "ok":
-            return site
+    # PEFT is what everything was written for, and reads every scale
+    if reads(runtime, variant) and (variant != "lora" or runtime == "peft"):
+        return site
     module = cast(Variant, plugins.load("adapters", variant))
     if variant == "lora":
         shapes = {name: info.shape for name, info in site.factors.items()}
@@ -108,7 +104,8 @@ def _plain(adapter: Adapter, site: Site, runtime: str, holds: tuple[str, ...]) -
         if form is None:
             raise MatchError(
                 f"{adapter.path}: {site.module} is a {variant}, which {runtime} is not known to read and "
-                "which is no product of small factors. Convert it with --to lora, or merge it."
+                "which is no product of small factors. Pass --rank and --base: the nearest LoRA of that rank "
+                "is written, with its error. Or merge it."
             )
         shapes = {"A": form[0].shape, "B": form[1].shape}
     rank = shapes["A"][-2]
@@ -164,7 +161,7 @@ def _filled(site: Site, rank: int) -> Callable[[], Mapping[str, Array]]:
 
 
 def _notes(before: tuple[Site, ...], after: tuple[Site, ...]) -> Iterator[str]:
-    both = list(zip(before, after, strict=True))
+    both = [(one, two) for one, two in zip(before, after, strict=True) if one is not two]
     baked = sum(one.config.scaling != 1 for one, two in both if two.config.variant == "lora")
     other = sum(one.config.variant != two.config.variant for one, two in both)
     filled = sum(two.config.rank > one.config.rank for one, two in both)

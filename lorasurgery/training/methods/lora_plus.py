@@ -6,15 +6,18 @@ B's, as PEFT's create_loraplus_optimizer does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorasurgery.adapter import AdapterConfig
 from lorasurgery.errors import UsageError
-from lorasurgery.training.method import Group, Named, Rates, Wanted
+from lorasurgery.training.method import Group, Hooks, Named, Rates, Wanted
 from lorasurgery.training.methods import lora
-from lorasurgery.training.methods.lora import VARIANT, config_of, hooks, start
+from lorasurgery.training.methods.lora import VARIANT, config_of, start
+
+if TYPE_CHECKING:
+    from lorasurgery.training.adapted import Adapted
 
 __all__ = ["RATE", "TRAINED", "VARIANT", "Options", "configure", "groups", "hooks", "start"]
 
@@ -62,3 +65,15 @@ def groups(named: Sequence[Named], rates: Rates, options: Any) -> list[Group]:
 def _is_vector(named: Named) -> bool:
     """What has one dimension in PEFT: it keeps magnitudes flat."""
     return named.role == "magnitude" or named.parameter.ndim == 1
+
+
+def hooks(layers: Mapping[str, Adapted], wanted: Wanted, options: Any) -> Hooks:
+    """Nothing happens beside the steps; a ratio that turns the method around is told."""
+    return Slower(layers) if options.ratio < 1 else Hooks(layers)
+
+
+class Slower(Hooks):
+    """B learns more slowly than A."""
+
+    def notes(self) -> Sequence[str]:
+        return ["--ratio: is below 1, so that B learns more slowly than A: LoRA+ is the opposite."]

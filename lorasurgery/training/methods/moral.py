@@ -59,6 +59,8 @@ class Options:
 
 def configure(wanted: Wanted, options: Any) -> AdapterConfig:
     """Raises UsageError for a choice of more experts than there are."""
+    if options.experts < 1:
+        raise UsageError(f"--experts {options.experts}: is no number of experts. Pass 1 or more.")
     if not 1 <= options.top_k <= options.experts:
         raise UsageError(
             f"--top-k {options.top_k}: of {options.experts} experts cannot be chosen. Pass 1 to "
