@@ -85,7 +85,7 @@ def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
     last_program(
         monkeypatch, _merge_nf4_triton.merge, (programs,), codes, absmax, a, b, packed, scales,
         partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
-        DTYPE="float32", BLOCK=64, ROWS=16,
+        DTYPE="float32", WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
     assert (packed[-1].item(), scales[-1].item()) == (0xF0, 1)
@@ -104,7 +104,7 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     last_program(
         monkeypatch, _merge_mixed_triton.decode_merge, (programs,), codes, absmax, a, b, dense,
         partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, DTYPE="float32", KIND="float16",
-        CHANCE=False, BLOCK=64, ROWS=16,
+        CHANCE=False, WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
     assert dense[-2:].tolist() == [1, -1]
@@ -113,7 +113,7 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     last_program(
         monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, scales, a, -b, packed,
         scales, partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, BFLOAT=False, KEEP=False,
-        CHANCE=False, BLOCK=64, ROWS=16,
+        CHANCE=False, WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # and 1 added to the last again
     assert (packed[-1].item(), scales[-1].item()) == (0xF7, 1)

@@ -112,8 +112,9 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import MERGE, encode_merge
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._merge_mixed_triton import encode_merge
+    from lorasurgery.kernels._merge_nf4_triton import merge_configs
+    from lorasurgery.kernels._tuning import Config, over_blocks, tuned
 
     n, device, keep = w.numel(), w.device, absmax is not None
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
@@ -125,17 +126,18 @@ def launch(
     sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        programs = -(-len(scales) // rows)
+        layout = over_blocks(config, block)
+        programs = -(-len(scales) // layout["ROWS"])
         sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         encode_merge[(programs,)](
             w.view(torch.int16) if bfloat else w, given, a, b, codes, scales, sums[0], table, n,
             len(codes), w.shape[1], len(a), offset, k1, k2, BFLOAT=bfloat, KEEP=keep, CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
+            WHOLE=w.shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
-        tuned("nf4_encode_merge", MERGE, (w, block, len(a), keep, seed is not None), start)
+        facts = w, block, len(a), keep, seed is not None
+        tuned("nf4_encode_merge", merge_configs(block, w.shape[1]), facts, start)
     signal, power, noise2 = sums[0].sum(dim=1).tolist()
     return codes, scales, signal, power, noise2
 

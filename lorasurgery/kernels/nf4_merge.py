@@ -100,8 +100,8 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_nf4_triton import MERGE, merge
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._merge_nf4_triton import merge, merge_configs
+    from lorasurgery.kernels._tuning import Config, over_blocks, tuned
 
     n, device = b.shape[0] * a.shape[1], codes.device
     packed = torch.empty(len(codes), dtype=torch.uint8, device=device)
@@ -111,18 +111,18 @@ def launch(
     sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        programs = -(-len(scales) // rows)
+        layout = over_blocks(config, block)
+        programs = -(-len(scales) // layout["ROWS"])
         sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         merge[(programs,)](
             *inputs, packed, scales, sums[0], table, n, len(codes), a.shape[1], len(a), offset, k1, k2,
-            KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype), BLOCK=block, ROWS=rows,
-            num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
+            KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype),
+            WHOLE=a.shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
         facts = codes, block, len(a), dtype_name(dtype), keep, seed is not None
-        tuned("nf4_merge", MERGE, facts, start)
+        tuned("nf4_merge", merge_configs(block, a.shape[1]), facts, start)
     signal, power, noise2 = sums[0].sum(dim=1).tolist()
     return packed, scales, signal, power, noise2
 
