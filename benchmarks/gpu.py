@@ -3,8 +3,8 @@
     python -m benchmarks.gpu
 
 First every kernel is held to its definition (`lorasurgery doctor --self-test`), and every side of the table to its
-plainest one. Then it prints a table of microseconds, and writes benchmarks/results/gpu-DEVICE.json. Without a GPU there is
-nothing to measure.
+plainest one. Then it prints a table of microseconds, the last rows of which go from file to file in processes of
+their own, and writes benchmarks/results/gpu-DEVICE.json. Without a GPU there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_files
 from benchmarks.gpu_layer import Sides, layer
 from benchmarks.gpu_rows import benches
 from benchmarks.racing import Row, Side
-from benchmarks.run import PEERS, installed
+from benchmarks.run import PEERS, SCRATCH, installed
 from lorasurgery.operations.diagnosis.self_test import SelfTest, self_test
 
 RESULTS = Path(__file__).with_name("results")
 SIZE = 8192
+FILES = 3  # runs of what takes seconds
 # larger than any last-level cache, so that each call finds its weights in memory
 FLUSHED = 512 << 20
 
@@ -108,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where models are made")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU here: nothing measured")
@@ -115,7 +118,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     tested = self_test()
     tested.refuse_wrong()
-    rows = bench(options.repeats)
+    rows = bench(options.repeats) + gpu_files.rows(options.scratch, FILES)
     print(f"{device}\n\n{table(rows)}")
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     output = options.output or RESULTS / f"gpu-{slug}.json"

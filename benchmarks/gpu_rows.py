@@ -58,15 +58,16 @@ def lora_backward(w: Layer, m: int) -> Sides:
 
     gradients = plugins.load("kernels", "lora_linear").gradients
     x, g = w.drawn(m, len(w.dense)), w.drawn(m, len(w.dense))
-    packed = Packed(*w.packed, None, None)
+    packed, h = Packed(*w.packed, None, None), SCALE * (x @ w.a.T)
+    factors = w.a, w.b, SCALE, (True, True, True)
 
     def by_hand(dense: Callable[[], Tensor]) -> Tensor:
         u = SCALE * (g @ w.b)
-        _factors = u.T @ x, g.T @ (SCALE * (x @ w.a.T))
+        _factors = u.T @ x, g.T @ h
         return (g @ dense()).addmm_(u, w.a)
 
     return {
-        "lorasurgery": lambda: gradients(g, x, packed, w.a, w.b, SCALE)[0],
+        "lorasurgery": lambda: gradients(g, (x, h), packed, *factors)[0],
         "unsloth-like torch": lambda: by_hand(lambda: dequantize_4bit(w.theirs, w.state)),
         "dense torch": lambda: by_hand(lambda: w.dense),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 LINES = {
-    "load": re.compile(r"\b(?:packed|wide) = .*\btl\.load\("),
+    "load": re.compile(r"\b(?:packed|wide|base) = .*\btl\.load\("),
     "store": re.compile(r"\btl\.store\(.*\.to\(tl\.uint8\)"),
 }
 # a file's name and a line of it, as Nvidia's disassembler and as AMD's compiler write them

@@ -121,10 +121,11 @@ class Variant(Protocol):
     """What a module in adapters/ offers. W is [out, in]; all maths in float32.
 
     A variant that knows what it adds to x Wᵀ without W's being read for it may offer
-    `detour(x, factors, config, base)`, so that it can be trained beside a base of any kind.
+    `detour(x, factors, config, base)`, so that it can be trained beside a base of any kind; and where that is
+    s (x Aᵀ) Bᵀ with nothing else, `product(factors, config)`, A, B and s, for a kernel that takes W with them.
     A variant whose ΔW has rows that depend on the same rows of W alone may say which factors have a
     row for each of W's (ROWS = ("B",)): without a low-rank form it is then merged row by row, and by its
-    own `merge` if it has one. ROUTED says that what it does depends on the token: it has no ΔW. `low_rank_on`
+    own kernel if `merged_by` names one. ROUTED says that what it does depends on the token: it has no ΔW. `low_rank_on`
     gives A and B as low_rank does, of a W that has to be known. `from_NAME(w, factors, config)` are the factors, at the
     same rank and alpha, that change W exactly as those of the variant NAME do; None where none do. BOUND says that its factors belong to one base, whose hash a site carries in extra['base'].
     """

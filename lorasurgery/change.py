@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from lorasurgery.arrays import Array
+from lorasurgery.device import HOST, Device
 from lorasurgery.kernels import lora_delta, lora_merge
 from lorasurgery.tensors import TensorInfo
 
@@ -20,8 +21,8 @@ from lorasurgery.tensors import TensorInfo
 Merged: TypeAlias = tuple[Array, float, float, float]
 # rows start:stop of a weight, or of what is made of them
 Rows: TypeAlias = Callable[[int, int], Array]
-# what Piece.merge does, of rows from the given one on: (W, first row, dtype, (seed, offset))
-Fused: TypeAlias = Callable[[Array, int, Any, tuple[int | None, int]], Merged]
+# what Piece.merge does, of rows from the given one on: (W, first row, dtype, (seed, offset), device)
+Fused: TypeAlias = Callable[[Array, int, Any, tuple[int | None, int], Device], Merged]
 
 # from 128 KiB on, malloc would map and unmap each of the arrays that a few rows are made into
 _ELEMENTS = 16 << 10
@@ -34,7 +35,9 @@ class Piece(Protocol):
         """The change itself, float32."""
         ...
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged: ...
+    def merge(
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
+    ) -> Merged: ...
 
     def before(self, merged: Array, dtype: Any) -> Array:
         """What W was, as well as W' tells; the same bits on every machine."""
@@ -51,8 +54,11 @@ class Factors:
     def rows(self) -> Array:
         return lora_delta.run(self.a, self.b)
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
-        return lora_merge.run(w, self.a, self.b, dtype, seed, offset)
+    def merge(
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
+    ) -> Merged:
+        merged: Merged = device.run(lora_merge, w, self.a, self.b, dtype, seed, offset)
+        return merged
 
     def before(self, merged: Array, dtype: Any) -> Array:
         was: Array = lora_merge.run(merged, self.a, -self.b, dtype)[0]
@@ -68,9 +74,11 @@ class Given:
     def rows(self) -> Array:
         return self.d
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
+    def merge(
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
+    ) -> Merged:
         wide = w.astype(np.float32, copy=False)
-        merged: Array = _none(wide).merge(wide + self.d, dtype, seed, offset)[0]
+        merged: Array = _none(wide).merge(wide + self.d, dtype, seed, offset, device)[0]
         made = merged.astype(np.float32) - wide
         noise = made - self.d
         return merged, _dot(made, self.d), _dot(self.d, self.d), _dot(noise, noise)
@@ -96,9 +104,11 @@ class Made:
             made[part] = self._given(part).d
         return made
 
-    def merge(self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0) -> Merged:
+    def merge(
+        self, w: Array, dtype: Any, seed: int | None = None, offset: int = 0, device: Device = HOST
+    ) -> Merged:
         if self.fused:
-            return self.fused(w, self.start, dtype, (seed, offset))
+            return self.fused(w, self.start, dtype, (seed, offset), device)
         merged = np.empty(w.shape, dtype)
         sums = np.zeros(3)
         for part in self._parts():

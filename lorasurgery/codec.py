@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from lorasurgery.checkpoint import Checkpoint
+from lorasurgery.device import HOST, Device
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
+
+    # a change B A: a float32 [r, columns], b [rows, r]
+    Low: TypeAlias = tuple[Array, Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,8 @@ class Packed:
     """One logical weight of a quantized checkpoint.
 
     `info` is the weight as it was (dtype, shape); `codes` names the tensor of packed codes;
-    `parts` are all tensors it is stored in; `state` is the codec's own (block size, nesting, ...).
+    `parts` are all tensors it is stored in; `state` is the codec's own (block size, nesting, ...);
+    `device` is where it is encoded and decoded.
     """
 
     info: TensorInfo
@@ -29,6 +34,7 @@ class Packed:
     codes: str
     parts: Mapping[str, TensorInfo]
     state: Mapping[str, Any]
+    device: Device = HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,16 @@ class Codec(Protocol):
         """A tile -> its packed codes and its float32 scales. `rule` says how to round."""
         ...
 
+    def encode_sum(
+        self, w: Array, base: Array, change: Low | Array, packed: Packed, rule: Rule
+    ) -> Coded:
+        """Rows of W + D, D flat or as factors, encoded; D was meant for `base`."""
+        ...
+
+    def recode(self, stored: Stored, change: Low, packed: Packed, rule: Rule) -> Coded:
+        """The same where W is stored in this codec, and D is for what it decodes to."""
+        ...
+
     def seal(self, absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
         """All scales of a weight -> every part but the codes, and the scales as they decode."""
         ...
@@ -85,9 +101,28 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Whole blocks of a stored weight."""
+
+    codes: Array  # uint8
+    absmax: Array  # float32, as they decode
+    table: Array  # what the codes stand for
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Whole blocks of a weight that is being encoded: its scales are not sealed yet."""
+
+    codes: Array  # uint8
+    absmax: Array  # float32
+    moments: Array  # float64 [blocks, 6], what they hold of a change: `kernels/nf4_moments.py`
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """How a value becomes a code: to the nearest, or up or down by chance; on which scales."""
 
     absmax: Array | None = None  # float32 scales to keep; None: fresh from the values
+    table: Array | None = None  # what codes on those scales stand for; None: the codec's own
     seed: int | None = None  # None: to the nearest code
     offset: int = 0  # index of the tile's first element, so that chance is free of tiling

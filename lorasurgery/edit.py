@@ -13,6 +13,7 @@ import blake3
 
 from lorasurgery.arrays import Array, as_bytes
 from lorasurgery.checkpoint import SCRATCH, Checkpoint
+from lorasurgery.device import HOST, Device
 from lorasurgery.errors import ShapeError
 from lorasurgery.tensors import TensorInfo
 
@@ -45,12 +46,17 @@ class Sink(Protocol):
 
 
 class Step:
-    """One edit while it runs: hashes what it reads and writes, and keeps its targets' ends."""
+    """One edit while it runs: hashes what it reads and writes, and keeps its targets' ends.
+
+    `device` is where it computes.
+    """
 
     def __init__(
-        self, edit: Edit, sink: Sink | None, tile_bytes: int, stop: threading.Event
-    ) -> None:
+        self, edit: Edit, sink: Sink | None, tile_bytes: int, stop: threading.Event,
+        device: Device = HOST,
+    ) -> None:  # fmt: skip
         self.tile_bytes, self._sink, self._stop = tile_bytes, sink, stop
+        self.device = device
         self._targets = {info.name: info for info in edit.targets}
         self._reached = dict.fromkeys(self._targets, 0)
         self._read: dict[str, Any] = {}

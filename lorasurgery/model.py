@@ -18,6 +18,7 @@ from lorasurgery.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from lorasurgery.device import HOST, Device
 from lorasurgery.errors import FormatError
 from lorasurgery.layouts import is_conv1d
 from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
@@ -93,13 +94,16 @@ def with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     return changed
 
 
-def open_model(path: Path, dtype: str | None = None) -> Model:
-    """Open a directory or one weight file; headers alone are read. Packed weights decode to dtype."""
+def open_model(path: Path, dtype: str | None = None, device: Device = HOST) -> Model:
+    """Open a directory or one weight file; headers alone are read.
+
+    Packed weights are decoded to `dtype`, on `device`.
+    """
     stored = open_checkpoint(path)
     home = path if path.is_dir() else path.parent
     has_config = path.is_dir() and (home / "config.json").exists()
     config = read_json(home / "config.json") if has_config else {}
-    weights = Weights(stored, dtype, lambda name: is_conv1d(config, name))
+    weights = Weights(stored, dtype, lambda name: is_conv1d(config, name), device)
     return Model(path, stored, weights, config)
 
 

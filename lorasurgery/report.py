@@ -34,6 +34,7 @@ class Report:
     seconds: float
     total: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    device: str = "cpu"  # where it computed, or, of a run that was resumed, the last part of it
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
@@ -53,6 +54,7 @@ def manifest(
         "settings": dict(settings),
         "inputs": {role: str(path) for role, path in inputs.items()},
         "base_fingerprint": fingerprint({k: v for r in report.results for k, v in r.read.items()}),
+        "device": report.device,
         "seconds": round(report.seconds, 3),
         "total": dict(report.total),
         "notes": list(report.notes),
@@ -73,6 +75,7 @@ def read_manifest(path: Path, plan_id: str) -> Report | None:
                 Result(name, t["metrics"], t["read"], t["written"])
                 for name, t in content["tensors"].items()
             )
-            seconds, total, notes = content["seconds"], content["total"], content["notes"]
-            return Report(content["operation"], results, seconds, total, tuple(notes))
+            seconds, total, notes = content["seconds"], content["total"], tuple(content["notes"])
+            device = content.get("device", "cpu")
+            return Report(content["operation"], results, seconds, total, notes, device)
     return None

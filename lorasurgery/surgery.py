@@ -20,6 +20,7 @@ import blake3
 
 from lorasurgery import __version__
 from lorasurgery.checkpoint import MANIFEST
+from lorasurgery.device import HOST, Device
 from lorasurgery.edit import Edit, Metrics, Step, Stopped, copy_edit, tile_rows
 from lorasurgery.errors import FormatError, OutputError
 from lorasurgery.formats._writer import Layout, lay_out
@@ -29,7 +30,7 @@ from lorasurgery.report import Report, Result, fingerprint, manifest, read_manif
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the edit that ended
 
-TILE_BYTES = 1 << 20  # fits in a core's second-level cache, beside what is made of it
+TILE_BYTES = HOST.tile_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class RunOptions:
     max_memory: int | None = None
     threads: int = 0  # 0: as many as there are processors for this process
     progress: Progress = lambda _done, _all, _name: None
+    device: Device = HOST  # what is written does not depend on it
 
     @property
     def workers(self) -> int:
@@ -72,9 +74,8 @@ class RunOptions:
     @property
     def tile_bytes(self) -> int:
         """A tile and what is made of it, in float32 at worst, for each worker."""
-        if self.max_memory is None:
-            return TILE_BYTES
-        return max(64 << 10, min(TILE_BYTES, self.max_memory // (8 * self.workers)))
+        most, bound = self.device.tile_bytes, self.max_memory
+        return most if bound is None else max(64 << 10, min(most, bound // (8 * self.workers)))
 
 
 def run(plan: Plan, path: Path, options: RunOptions) -> Report:
@@ -98,7 +99,7 @@ def run(plan: Plan, path: Path, options: RunOptions) -> Report:
     try:
         results = _stream(plan, output, options)
         _check_unchanged(stamps, _stamps(plan))
-        report = _report(plan, results, started)
+        report = _report(plan, results, started, options)
         plan.check(report)
         plan.finish(report, output.partial)
         content = manifest(report, plan_id, plan.settings, plan.inputs)
@@ -121,7 +122,7 @@ def _finished(path: Path, shards: tuple[Layout, ...], plan_id: str) -> Report | 
 def rehearse(plan: Plan, options: RunOptions) -> Report:
     """Compute everything and write nothing: the numbers of `run`, before it."""
     started = time.perf_counter()
-    return _report(plan, _stream(plan, None, options), started)
+    return _report(plan, _stream(plan, None, options), started, options)
 
 
 def _stream(plan: Plan, output: Output | None, options: RunOptions) -> tuple[Result, ...]:
@@ -139,7 +140,7 @@ def _stream(plan: Plan, output: Output | None, options: RunOptions) -> tuple[Res
         nonlocal finished
         if stop.is_set():
             return
-        step = Step(edit, output, options.tile_bytes, stop)
+        step = Step(edit, output, options.tile_bytes, stop, options.device)
         with suppress(Stopped):
             metrics = _apply(edit, step)
             result = Result(edit.name, metrics, step.read, step.finish())
@@ -189,9 +190,9 @@ def _in_threads(
             raise
 
 
-def _report(plan: Plan, results: tuple[Result, ...], started: float) -> Report:
-    seconds = time.perf_counter() - started
-    return Report(plan.operation, results, seconds, plan.summarize(results), plan.notes)
+def _report(plan: Plan, results: tuple[Result, ...], started: float, options: RunOptions) -> Report:
+    seconds, device = time.perf_counter() - started, options.device.name
+    return Report(plan.operation, results, seconds, plan.summarize(results), plan.notes, device)
 
 
 # a log that is written into the input changes nothing

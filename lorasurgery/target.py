@@ -14,6 +14,7 @@ from lorasurgery.tensors import TensorInfo
 if TYPE_CHECKING:
     from lorasurgery.arrays import Array
     from lorasurgery.change import Change, Fused, Merged, Rows
+    from lorasurgery.device import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,16 @@ class Share:
     def fused(self) -> Fused | None:
         """What merges a few rows in one pass, if the variant can and nothing weighs it."""
         variant, config, factors = self.variant, self.site.config, dict(self.site.load())
-        merge, names = getattr(variant, "merge", None), getattr(variant, "ROWS", ())
-        if merge is None or self.weight != 1.0:
+        merged_by, names = getattr(variant, "merged_by", None), getattr(variant, "ROWS", ())
+        if merged_by is None or self.weight != 1.0:
             return None
 
-        def run(w: Array, start: int, dtype: Any, chance: tuple[int | None, int]) -> Merged:
+        def run(
+            w: Array, start: int, dtype: Any, chance: tuple[int | None, int], device: Device
+        ) -> Merged:
             of = {n: f[start : start + len(w)] if n in names else f for n, f in factors.items()}
-            merged: Merged = merge(w, of, config, dtype, chance)
+            kernel, arguments = merged_by(of, config)
+            merged: Merged = device.run(kernel, w, *arguments, dtype, *chance)
             return merged
 
         return run

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from lorasurgery import plugins
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import Codec, Packed
+from lorasurgery.device import HOST, Device
 from lorasurgery.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -52,11 +53,13 @@ class Weights:
         stored: Checkpoint,
         dtype: str | None = None,
         turned: Callable[[str], bool] = lambda _: False,
+        device: Device = HOST,
     ) -> None:
-        """Packed weights are decoded to `dtype`, or to the one they had."""
+        """Packed weights are decoded to `dtype`, or to the one they had; on `device`."""
         self.stored, self.path = stored, stored.path
         self.metadata: Mapping[str, str] = stored.metadata
-        self.packed = packed_weights(stored)
+        found = packed_weights(stored)
+        self.packed = {k: replace(packed, device=device) for k, packed in found.items()}
         if dtype:
             self.packed = {k: codec_of(p.codec).as_dtype(p, dtype) for k, p in self.packed.items()}
         self.turned = frozenset(name for name in self.packed if turned(name))

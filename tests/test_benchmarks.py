@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_layer, gpu_rows
+from benchmarks import gpu, gpu_files, gpu_layer, gpu_rows
 from benchmarks.rows import ROWS
 from lorasurgery.operations.diagnosis import self_test
 
@@ -81,3 +81,14 @@ def test_the_sides_of_each_gpu_row_agree_on_a_processor_too(name):
         sides = SMALL[name](gpu_layer.layer(256, device))
         assert len(sides) > 1
         gpu.check(sides, name)
+
+
+def test_the_gpu_s_rows_from_file_to_file_run_with_the_processor_in_its_stead(tmp_path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # the round that is not counted
+    rows = gpu_files.rows(tmp_path, 0, device, "toy")
+    assert [row.name.partition(",")[0] for row in rows] == [
+        "quantize to NF4", "dequantize", "merge a LoRA", "merge a DoRA", "merge a LoRA into NF4",
+    ]  # fmt: skip
+    for row in rows:
+        assert [side.name for side in row.sides] == [f"--device {device}", "the processor"]

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lorasurgery import plugins
-from lorasurgery.codec import CodecOptions, Rule
+from lorasurgery.codec import CodecOptions, Rule, Stored
 from lorasurgery.codecs import nf4
 from lorasurgery.errors import FormatError, ValueRangeError
 from lorasurgery.formats import safetensors
+from lorasurgery.kernels import lora_delta
 from lorasurgery.tensors import TensorInfo
 from lorasurgery.weights import Weights, codec_of
 
@@ -109,6 +110,38 @@ def test_kept_scales_give_the_codes_they_came_with(name):
 
 
 @pytest.mark.parametrize("name", CODECS)
+@FAST
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 200)),
+    dtype=st.sampled_from([*DTYPES]),
+    seed=st.sampled_from([None, 5]),
+    keep=st.booleans(),
+)
+def test_a_sum_is_encoded_as_its_float32_is_however_it_comes(name, shape, dtype, seed, keep):
+    codec, w, options = codec_of(name), weight(shape, dtype), CodecOptions(32)
+    packed, stored, scales = pack(codec, w, dtype, options)
+    table = stored["layer.weight.quant_map"]
+    w = codec.decode(stored[packed.codes], scales, table, w.size, packed).reshape(shape)
+    base = weight(shape, dtype, seed=1)
+    b, a = (weight(s, "F32", seed=s[0]) for s in ((shape[0], 3), (3, shape[1])))
+    d = lora_delta.run(a, b)
+    rule = Rule(absmax=scales if keep else None, seed=seed, offset=7)
+    codes, absmax = codec.encode((w.astype(np.float32) + d).reshape(-1), packed, rule)
+    held = Stored(stored[packed.codes], scales, table)
+    own = codec.recode(held, (a, b), packed, rule)
+    found = [
+        own, codec.encode_sum(w, w, (a, b), packed, rule), codec.encode_sum(w, w, d, packed, rule),
+        codec.encode_sum(w, base, (a, b), packed, rule), codec.encode_sum(w, base, d, packed, rule),
+    ]  # fmt: skip
+    for coded in found:
+        np.testing.assert_array_equal(coded.codes, codes)
+        np.testing.assert_array_equal(coded.absmax, absmax)
+    for one, other in ((own, found[1]), (own, found[2]), (found[3], found[4])):
+        np.testing.assert_allclose(one.moments, other.moments, rtol=1e-12, atol=1e-18)
+    assert not np.array_equal(own.moments, found[3].moments)
+
+
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf_are_refused_by_name_and_place(name, bad, dtype):
@@ -119,8 +152,12 @@ def test_nan_and_inf_are_refused_by_name_and_place(name, bad, dtype):
         "a.weight: nan or inf among elements 1128 to 1191. Mend the weight, or leave it out with "
         "--exclude 'a.weight'."
     )
+    low, rule = (np.zeros((1, 64), np.float32), np.zeros((4, 1), np.float32)), Rule(offset=1000)
     with pytest.raises(ValueRangeError, match=f"^{re.escape(message)}$"):
-        codec_of(name).encode(w.reshape(-1), packed, Rule(offset=1000))
+        codec_of(name).encode(w.reshape(-1), packed, rule)
+    for change in (low, np.zeros((4, 64), np.float32)):
+        with pytest.raises(ValueRangeError, match=f"^{re.escape(message)}$"):
+            codec_of(name).encode_sum(w, w, change, packed, rule)
 
 
 # --- NF4's own

@@ -138,6 +138,7 @@ def test_compiling_a_sample_again_gives_what_is_kept():
 LAYERS = {
     "nf4_dequantize": (True, False),
     "nf4_quantize": (False, True),
+    "nf4_error": (True, False),
     "nf4_merge": (True, True),
     "nf4_decode_merge": (True, False),
     "nf4_encode_merge": (False, True),
@@ -199,3 +200,40 @@ def test_the_narrowest_load_and_store_of_codes_are_found_in_machine_code(code):
     first = copied.__code__.co_firstlineno
     text = code.format(first + 2, first + 3, first + 4)
     assert narrowest([SimpleNamespace(fn=copied)], text) == (64, 32)
+
+
+ROUNDED = """
+from benchmarks.aot import CHIPS, recorded
+from benchmarks.kernels import layer
+from functools import partial
+from inspect import signature
+from lorasurgery import plugins
+import json, re
+chip = next(chip for chip in CHIPS if chip.name == "sm_90")
+for name, more in {names}.items():
+    launch = plugins.load("kernels", name).launch
+    given = signature(launch).bind(*layer(name)).arguments
+    for extra in ({{}}, more):
+        for one in recorded(partial(launch, **given | extra), chip, all_configs=False):
+            text = one.kernel.run(*one.args, grid=one.grid, warmup=True, **one.options).asm["ptx"]
+            found = sorted(set(re.findall(r"\\b(?:add|sub|mul|fma|div|rcp|sqrt|cvt)\\.[a-z0-9.]*f(?:16|32|64)\\b", text)))
+            print(json.dumps([one.name, found, "ftz" in text, "approx" in text]))
+"""
+# the kernels that an operation's bytes depend on, and the arguments of a call by chance
+CHANCE = {
+    "nf4_quantize": {"seed": 3}, "nf4_dequantize": {}, "lora_merge": {"seed": 3},
+    "dora_merge": {"seed": 3}, "nf4_merge": {"seed": 3}, "nf4_encode_merge": {"seed": 3},
+}  # fmt: skip
+WIDENING = {"cvt.f32.bf16", "cvt.f32.f16", "cvt.f64.f32"}
+
+
+def test_what_makes_an_output_s_bytes_rounds_each_operation_by_itself_to_the_nearest():
+    """No fused multiply-add, no flush of denormals to zero, no approximate division, as on the processor."""
+    functions = without_interpreter("-c", ROUNDED.format(names=CHANCE))
+    assert len(functions) == 2 * (len(CHANCE) + 1)
+    for name, operations, flushed, approximate in functions:
+        assert operations, name
+        for operation in set(operations) - WIDENING:
+            assert ".rn." in operation, (name, operation)
+            assert not operation.startswith("fma"), (name, operation)
+        assert (flushed, approximate) == (False, False), name

@@ -71,6 +71,15 @@ def test_nf4_is_found_beyond_two_billion(monkeypatch):
         n // 2, 0, 0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
     )  # fmt: skip
     assert (again[-2:].tolist(), scales[-1].item()) == ([0xF0, 0x0F], 2)
+    sums = torch.zeros(2, n // 2048, dtype=torch.float64, device=DEVICE)
+    largest = torch.zeros(n // 2048, device=DEVICE)
+    out[-1] = 1.5
+    last_program(
+        monkeypatch, _nf4_triton.error, (n // 2048,), out, again, scales, TABLE.to(DEVICE), sums,
+        largest, n, n // 2, BLOCK=64, ROWS=32,
+    )  # fmt: skip
+    # 2 stands where 1.5 was; the other 63 weights of the last block are 2 and -2 as they were
+    assert (sums[:, -1].tolist(), largest[-1].item()) == ([0.25, 63 * 4 + 2.25], 0.5)
 
 
 def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
@@ -81,15 +90,16 @@ def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
     codes[-1], absmax[-1] = 0xF7, 1.0
     a, b = far(columns, torch.float32), far(rows, torch.float32)
     a[-1], b[-1] = -0.5, 2.0
-    partial = torch.zeros(3, programs, dtype=torch.float64, device=DEVICE)
+    moments = far(n // 64 * 6, torch.float64)
     last_program(
         monkeypatch, _merge_nf4_triton.merge, (programs,), codes, absmax, a, b, packed, scales,
-        partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
+        moments, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
         DTYPE="float32", WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
     assert (packed[-1].item(), scales[-1].item()) == (0xF0, 1)
-    assert partial[:, -1].tolist() == [1, 1, 0]
+    # no error, and the change of -1 at a level of -1; all levels are 1 or -1
+    assert moments[-6:].tolist() == [0, 0, 1, 0, 64, 1]
 
 
 def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch):
@@ -110,14 +120,16 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     assert dense[-2:].tolist() == [1, -1]
     assert partial[:, -1].tolist() == [1, 1, 0]
     packed, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
+    moments = far(n // 64 * 6, torch.float64)
     last_program(
-        monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, scales, a, -b, packed,
-        scales, partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, BFLOAT=False, KEEP=False,
-        CHANCE=False, WHOLE=True, BLOCK=64, ROWS=16,
+        monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, dense, scales, a, -b,
+        packed, scales, moments, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, BFLOAT=False,
+        SEEN=True, SEEN_BFLOAT=False, KEEP=False, CHANCE=False, WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # and 1 added to the last again
     assert (packed[-1].item(), scales[-1].item()) == (0xF7, 1)
-    assert partial[:, -1].tolist() == [1, 1, 0]
+    # the changed one has level 0
+    assert moments[-6:].tolist() == [0, 0, 1, 0, 63, 0]
 
 
 def test_rows_of_products_are_found_beyond_two_billion(monkeypatch):
@@ -152,8 +164,8 @@ def test_dense_weights_are_found_beyond_two_billion(monkeypatch):
     grid = rows // 8, columns // 128
     partial = torch.zeros(3, grid[0] * grid[1], dtype=torch.float64, device=DEVICE)
     last_program(
-        monkeypatch, _merge_triton.merge, grid, w, a, b, out, partial, rows, columns, 1, 0, 0, 0,
-        BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
+        monkeypatch, _merge_triton.merge, grid, w, a, b, a, out, partial, rows, columns, 1, 0, 0, 0,
+        GAIN=False, BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
     )  # fmt: skip
     assert out[-1].item() == -1.5
     assert partial[:, -1].tolist() == [4, 4, 0]
@@ -163,6 +175,19 @@ def test_dense_weights_are_found_beyond_two_billion(monkeypatch):
         ROWS=8, COLUMNS=4096,
     )  # fmt: skip
     assert norms[-1].item() == 1.5
+    # twice the norm, so that a gain is two where there is any
+    m, gain = 2 * norms, far(rows, torch.float32)
+    last_program(
+        monkeypatch, _merge_triton.gains, (rows // 8,), w, a, b, m, gain, rows, columns, 1,
+        BFLOAT=False, ROWS=8, LANES=64, HALVINGS=6,
+    )  # fmt: skip
+    assert gain[-1].item() == 2
+    last_program(
+        monkeypatch, _merge_triton.merge, grid, w, a, b, gain, out, partial, rows, columns, 1, 0, 0,
+        0, GAIN=True, BFLOAT=False, KIND="float16", CHANCE=False, ROWS=8, COLUMNS=128,
+    )  # fmt: skip
+    assert out[-1].item() == -3
+    assert partial[:, -1].tolist() == [12.25, 12.25, 0]
     squares, grid = (
         torch.zeros(rows // 16, columns, dtype=torch.float64, device=DEVICE),
         (32, rows // 16),

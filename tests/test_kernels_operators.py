@@ -61,6 +61,7 @@ def samples():
     )
     yield "nf4_error", (w.flatten(), codes, absmax, BLOCK)
     yield "nf4_matvec", (drawn(2, COLUMNS), codes, absmax, BLOCK, ROWS, TABLE)
+    yield "nf4_moments", (codes, absmax, BLOCK, w.flatten().bfloat16(), w.flatten(), TABLE)
     yield "lora_delta", (a, b)
     yield "lora_merge", (w.T.contiguous().T, a, b, torch.bfloat16, -5, 7)
     yield "dora_merge", (w, a, b, drawn(ROWS).abs(), torch.float16, None, 0)
@@ -68,6 +69,7 @@ def samples():
     for keep, seed in ((False, None), (True, None), (False, 3)):
         yield "nf4_merge", (codes, absmax, BLOCK, a, b, torch.bfloat16, keep, seed, 7)
         yield "nf4_encode_merge", (w, BLOCK, a, b, absmax if keep else None, seed, 7)
+        yield "nf4_encode_merge", (w, BLOCK, a, b, absmax if keep else None, seed, 7, w.half())
     yield "nf4_decode_merge", (codes, absmax, BLOCK, a, b, torch.float16, torch.float16, 3, 7)
     state = drawn(4, 5, 7).abs()
     for axis in (0, 1):
@@ -123,7 +125,8 @@ def test_quantizing_twice_and_back_is_one_graph():
 def test_a_merge_and_its_sums_are_one_graph(name):
     def merged(*args):
         *made, sums = getattr(OPERATORS, name)(*args)
-        return (*made, sums[0] / sums[1])
+        # three over all, or moments of each block
+        return (*made, sums[0] / sums[1], sums.sum(dim=0))
 
     args = next(args for found, args in SAMPLES if found == name)
     torch.testing.assert_close(compiled(merged, *args), merged(*args), rtol=0, atol=0)

@@ -9,7 +9,9 @@ import torch
 from merge_files import CONFIG, OUT, PREFIX, Q, adapter, factors, make_base, surgery
 from safetensors.numpy import load_file
 
-from lorasurgery.kernels import nf4_encode_merge, nf4_merge
+from lorasurgery.kernels import nf4_dequantize, nf4_encode_merge, nf4_merge
+from lorasurgery.kernels.nf4_dequantize import NF4
+from lorasurgery.kernels.nf4_moments import finish
 from lorasurgery.operations.merging.edits import Rounding
 from lorasurgery.operations.merging.requantize import POLICIES
 
@@ -51,10 +53,12 @@ def call(files, policy):
     a = low[f"{PREFIX}{Q}.lora_A.weight"]
     b = np.float32(SCALE) * low[f"{PREFIX}{Q}.lora_B.weight"]
     assert b.shape[0] == OUT
-    if policy == "from-original":
-        return nf4_encode_merge, (plain[NAME], BLOCK, a, b)
-    seed = Rounding(SEED).of(NAME) if policy == "stochastic" else None
     codes, absmax = stored[NAME].reshape(-1), stored[f"{NAME}.absmax"]
+    if policy == "from-original":
+        w = plain[NAME]
+        base = nf4_dequantize.run(codes, absmax, BLOCK, w.size, w.dtype, NF4).reshape(w.shape)
+        return nf4_encode_merge, (w, BLOCK, a, b, None, None, 0, base)
+    seed = Rounding(SEED).of(NAME) if policy == "stochastic" else None
     keep = policy == "keep-absmax"
     return nf4_merge, (codes, absmax, BLOCK, a, b, np.dtype(np.float32), keep, seed)
 
@@ -76,13 +80,12 @@ def test_a_policy_s_codes_scales_and_sums_are_the_fused_kernel_s(files, tmp_path
     written, found = merged(files, tmp_path / "out", policy)
     kernel, args = call(files, policy)
     fused = kernel.run(*args), kernel.launch(*on_the_device(args))
-    for codes, absmax, *sums in fused:
+    for codes, absmax, moments in fused:
         np.testing.assert_array_equal(array(codes), written[NAME].reshape(-1))
         np.testing.assert_array_equal(array(absmax), written[f"{NAME}.absmax"])
-        # the report counts a residual as made, and measures from the NF4 base, whatever was encoded
-        if policy in ("residual", "from-original"):
+        # the report counts a residual as made
+        if policy == "residual":
             continue
-        signal, power, noise2 = sums
-        # the operation's sums are float32 over a tile
-        assert found["retained"] == pytest.approx(signal / power, rel=1e-5)
-        assert found["noise"] == pytest.approx(math.sqrt(noise2 / power), rel=1e-5)
+        signal, power, noise2 = finish(array(moments), array(absmax), array(absmax))
+        assert found["retained"] == pytest.approx(signal / power, rel=1e-12)
+        assert found["noise"] == pytest.approx(math.sqrt(noise2 / power), rel=1e-12)

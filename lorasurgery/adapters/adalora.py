@@ -70,6 +70,11 @@ def detour(
     return x @ (scale(config) * factors["E"] * factors["A"]).T @ factors["B"].T
 
 
+def product(factors: Mapping[str, Tensor], config: AdapterConfig) -> tuple[Tensor, Tensor, float]:
+    """E A, B and s, of which `detour` is s · (X (E A)ᵀ) Bᵀ."""
+    return factors["E"] * factors["A"], factors["B"], scale(config)
+
+
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     """Its singular triplets: A's rows and B's columns are orthonormal, as training wants them."""
     rank = len(a)

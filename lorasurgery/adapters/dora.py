@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from lorasurgery.adapter import AdapterConfig
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Generator, Tensor
 
     from lorasurgery.adapter import Base
     from lorasurgery.arrays import A, Array
 
-# a seed, or None, and the index of the first element
-Chance: TypeAlias = tuple[int | None, int]
 LINEAR_IN_W = False
 ROWS = ("B", "m")
 
@@ -49,14 +49,14 @@ def delta(w: A, factors: Mapping[str, A], config: AdapterConfig) -> A:
     return change
 
 
-def merge(
-    w: Array, factors: Mapping[str, Array], config: AdapterConfig, dtype: Any, chance: Chance
-) -> tuple[Array, float, float, float]:
-    """Some rows W' rounded once, and what was kept, in one pass: as change.Piece's merge."""
+def merged_by(
+    factors: Mapping[str, Array], config: AdapterConfig
+) -> tuple[ModuleType, tuple[Array, ...]]:
+    """The kernel that makes some rows W' of W in one pass, and its arguments after W."""
     from lorasurgery.kernels import dora_merge
 
     b = factors["B"] * factors["B"].dtype.type(config.scaling)
-    return dora_merge.run(w, factors["A"], b, factors["m"].reshape(-1), dtype, *chance)
+    return dora_merge, (factors["A"], b, factors["m"].reshape(-1))
 
 
 def forward(x: Tensor, w: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:

@@ -59,6 +59,11 @@ def detour(
     return config.scaling * (x @ factors["A"].T) @ factors["B"].T
 
 
+def product(factors: Mapping[str, Tensor], config: AdapterConfig) -> tuple[Tensor, Tensor, float]:
+    """A, B and s, of which `detour` is s · (X Aᵀ) Bᵀ."""
+    return factors["A"], factors["B"], config.scaling
+
+
 def from_lora(w: A, a: A, b: A) -> dict[str, A]:  # noqa: ARG001 - free of W
     """They are themselves."""
     return {"A": a, "B": b}

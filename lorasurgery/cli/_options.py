@@ -32,6 +32,13 @@ FloatName = Literal["auto", "float32", "bfloat16", "float16"]
 Dtype = Annotated[
     FloatName, typer.Option("--dtype", help="Float dtype to write; auto keeps each tensor's own.")
 ]
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="cpu|cuda|cuda:N",
+        help="What computes; the bytes that are written are the same.",
+    ),
+]  # fmt: skip
 Include = Annotated[
     list[str] | None,
     typer.Option("--include", metavar="GLOB", help="Take these tensors instead; repeatable."),

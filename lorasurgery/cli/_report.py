@@ -14,6 +14,7 @@ from lorasurgery.cli._errors import Interrupted
 from lorasurgery.cli._options import Printing, Writing
 from lorasurgery.cli._print import emit, pairs, table
 from lorasurgery.cli._progress import progress_bar
+from lorasurgery.device import HOST, Device
 from lorasurgery.errors import UsageError
 from lorasurgery.operations.inspecting.folding import Fold, fold
 
@@ -25,8 +26,9 @@ Bar: TypeAlias = "Callable[..., AbstractContextManager[Progress]]"
 
 
 def carry_out(
-    operation: Operation, writing: Writing, printing: Printing, bar: Bar = progress_bar
-) -> Report:
+    operation: Operation, writing: Writing, printing: Printing, bar: Bar = progress_bar,
+    device: Device = HOST,
+) -> Report:  # fmt: skip
     """Call the operation with the output (None: a dry run) and how to run; print its report."""
     output = _output(writing)
     if printing.report and not printing.report.parent.is_dir():
@@ -35,7 +37,7 @@ def carry_out(
         )
     try:
         with bar(quiet=printing.quiet) as progress:
-            report = operation(output, _how(writing, progress))
+            report = operation(output, _how(writing, progress, device))
     except KeyboardInterrupt:
         raise Interrupted(_left_behind(output)) from None
     except OSError as error:
@@ -52,6 +54,7 @@ def as_json(report: Report, output: Path | None) -> dict[str, Any]:
     return {
         "operation": report.operation,
         "output": str(output) if output else None,
+        "device": report.device,
         "seconds": round(report.seconds, 3),
         "total": dict(report.total),
         "notes": list(report.notes),
@@ -61,7 +64,8 @@ def as_json(report: Report, output: Path | None) -> dict[str, Any]:
 
 def as_table(report: Report, output: Path | None, printing: Printing) -> str:
     """A row for each layer pattern (with -v each tensor), the totals, and where it went."""
-    seconds = f"in {report.seconds:.1f} s"
+    on = "" if report.device == HOST.name else f" on {report.device}"
+    seconds = f"in {report.seconds:.1f} s{on}"
     done = f"wrote {output} {seconds}" if output else f"dry run {seconds}, nothing written"
     return "\n".join([*rows_of(report, printing), done])
 
@@ -119,14 +123,14 @@ def _output(writing: Writing) -> Path | None:
     return writing.output
 
 
-def _how(writing: Writing, progress: Progress) -> RunOptions:
+def _how(writing: Writing, progress: Progress, device: Device) -> RunOptions:
     from lorasurgery.output import OutputOptions
     from lorasurgery.surgery import RunOptions
 
     output = OutputOptions(
         writing.overwrite, writing.resume, writing.durable, writing.max_shard_size
     )
-    return RunOptions(output, writing.max_memory, writing.jobs, progress)
+    return RunOptions(output, writing.max_memory, writing.jobs, progress, device)
 
 
 def _left_behind(output: Path | None) -> str:

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorasurgery.cli._options import AllowUnmatched, Base, Dtype, Printing, Writing, refuse_flags
+from lorasurgery.cli._options import (
+    AllowUnmatched,
+    Base,
+    DeviceName,
+    Dtype,
+    Printing,
+    Writing,
+    refuse_flags,
+)
 from lorasurgery.cli._report import carry_out
 from lorasurgery.errors import UsageError
 
@@ -63,6 +71,7 @@ def command(
     ] = None,
     dtype: Dtype = "auto",
     allow_unmatched: AllowUnmatched = None,
+    device: DeviceName = "cpu",
     *,
     writing: Writing,
     printing: Printing,
@@ -74,6 +83,7 @@ def command(
         lorasurgery merge org/model my-lora -o merged --undo merged.undo
         lorasurgery merge model.onnx my-lora -o merged.onnx
     """
+    from lorasurgery.device import opened
     from lorasurgery.model import resolve
     from lorasurgery.operations.inspecting.picture import Scale, check_file, heat_map
     from lorasurgery.operations.merge import advice, check, merge
@@ -84,6 +94,7 @@ def command(
     if rounding == "stochastic" and seed is None:
         raise UsageError("--rounding stochastic: needs --seed N, so that it can be repeated.")
     by_chance = "stochastic" in (rounding, requantize)
+    where = opened(device)  # before anything is downloaded
     source = resolve(base)
     if source.suffix == ".onnx":
         from lorasurgery.export._onnx_modules import read_map
@@ -92,7 +103,7 @@ def command(
         foreign = {
             "--base-view": base_view != "dequantized", "--original": original,
             "--requantize": requantize, "--tied": tied != "auto", "--plot": plot,
-            "--dtype": dtype != "auto",
+            "--dtype": dtype != "auto", "--device": device != "cpu",
         }  # fmt: skip
         refuse_flags(source, writing, foreign)
         onnx = OnnxMergeOptions(
@@ -123,7 +134,10 @@ def command(
     if plot:
         check_file(plot)
     report = carry_out(
-        lambda output, how: merge(source, adapter, output, options, how), writing, printing
+        lambda output, how: merge(source, adapter, output, options, how),
+        writing,
+        printing,
+        device=where,
     )
     if plot:
         kept = {r.name: r.metrics["retained"] for r in report.results if "retained" in r.metrics}

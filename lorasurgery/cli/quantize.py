@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorasurgery.cli._options import Base, Exclude, Include, Printing, Writing, refuse_flags
+from lorasurgery.cli._options import (
+    Base,
+    DeviceName,
+    Exclude,
+    Include,
+    Printing,
+    Writing,
+    refuse_flags,
+)
 from lorasurgery.cli._report import carry_out
 from lorasurgery.errors import UsageError
 
@@ -44,6 +52,7 @@ def command(
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
+    device: DeviceName = "cpu",
     *,
     writing: Writing,
     printing: Printing,
@@ -56,9 +65,11 @@ def command(
         lorasurgery quantize model.onnx -o int4.onnx --weights int4
     """
     from lorasurgery.codec import CodecOptions
+    from lorasurgery.device import opened
     from lorasurgery.model import resolve
     from lorasurgery.operations.quantize import QuantizeOptions, quantize
 
+    where = opened(device)  # before anything is downloaded
     source, wanted, unwanted = resolve(base), tuple(include or ()), tuple(exclude or ())
     integers = {"--zero-points": zero_points, "--accuracy-level": accuracy_level is not None}
     if weights == "nf4" and (given := [flag for flag, on in integers.items() if on]):
@@ -68,7 +79,8 @@ def command(
     if source.suffix == ".onnx":
         from lorasurgery.operations.quantize_onnx import OnnxQuantizeOptions, quantize_onnx
 
-        refuse_flags(source, writing, {"--no-double-quant": not double_quant})
+        foreign = {"--no-double-quant": not double_quant, "--device": device != "cpu"}
+        refuse_flags(source, writing, foreign)
         accuracy = 4 if accuracy_level is None else accuracy_level
         onnx = OnnxQuantizeOptions(weights, block_size, not zero_points, accuracy, wanted, unwanted)
         carry_out(lambda output, how: quantize_onnx(source, output, onnx, how), writing, printing)
@@ -78,4 +90,6 @@ def command(
             f"--weights {weights}: needs an ONNX file, and {source} is none. Export it first."
         )
     options = QuantizeOptions(CodecOptions(block_size or 64, double_quant), wanted, unwanted)
-    carry_out(lambda output, how: quantize(source, output, options, how), writing, printing)
+    carry_out(
+        lambda output, how: quantize(source, output, options, how), writing, printing, device=where
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorasurgery.checkpoint import Checkpoint
 from lorasurgery.codec import CodecOptions, Packed, Rule
 from lorasurgery.codecs._nf4_state import BLOCKS, check_parts, read_state
+from lorasurgery.codecs._nf4_sums import check_finite, encode_sum, recode
 from lorasurgery.errors import FormatError, ValueRangeError
 from lorasurgery.tensors import DTYPE_NAMES, TensorInfo
 
@@ -110,24 +111,20 @@ def multiple(packed: Packed) -> int:
 
 def encode(flat: Array, packed: Packed, rule: Rule) -> tuple[Array, Array]:
     """Flat bf16, f16 or f32 [n] -> codes uint8 [ceil(n/2)], scales float32 [ceil(n/block)]."""
-    import numpy as np
-
     from lorasurgery.kernels import nf4_quantize
 
     block = int(packed.state["blocksize"])
-    codes, absmax = nf4_quantize.run(flat, block, rule.absmax, rule.seed, rule.offset)
-    if not np.isfinite(absmax).all():
-        first = int(np.flatnonzero(~np.isfinite(absmax))[0])
-        raise ValueRangeError(
-            f"{packed.info.name}: nan or inf among elements {rule.offset + first * block} to "
-            f"{rule.offset + (first + 1) * block - 1}. Mend the weight, or leave it out with "
-            f"--exclude '{packed.info.name}'."
-        )
+    how = block, rule.absmax, rule.seed, rule.offset
+    codes, absmax = packed.device.run(nf4_quantize, flat, *how)
+    check_finite(absmax, packed, rule)
     return codes, absmax
 
 
 def seal(absmax: Array, packed: Packed) -> tuple[dict[str, Array], Array]:
-    """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode."""
+    """All scales float32 [blocks] -> the parts beside the codes, and the scales as they decode.
+
+    On the processor always: their mean depends on the order of its sum.
+    """
     import numpy as np
 
     from lorasurgery.kernels import double_dequantize, double_quantize, nf4_dequantize
@@ -184,7 +181,9 @@ def decode(codes: Array, absmax: Array, table: Array, n: int, packed: Packed) ->
     from lorasurgery.kernels import nf4_dequantize
 
     block, dtype = int(packed.state["blocksize"]), NUMPY[packed.info.dtype]
-    return nf4_dequantize.run(codes.reshape(-1).view(np.uint8), absmax, block, n, dtype, table)
+    flat = codes.reshape(-1).view(np.uint8)
+    decoded: Array = packed.device.run(nf4_dequantize, flat, absmax, block, n, dtype, table)
+    return decoded
 
 
 def config(options: CodecOptions, dtype: str, skipped: list[str]) -> dict[str, Any]:
@@ -212,5 +211,6 @@ def as_dtype(packed: Packed, dtype: str) -> Packed:
 
 
 __all__ = [
-    "as_dtype", "config", "decode", "encode", "group", "multiple", "parts", "scales", "seal", "table",
+    "as_dtype", "config", "decode", "encode", "encode_sum", "group", "multiple", "parts", "recode",
+    "scales", "seal", "table",
 ]  # fmt: skip

@@ -15,9 +15,9 @@ from lorasurgery.kernels._chance_cpu import uniform
 from lorasurgery.kernels._floats import by_chance, load, nearest
 from lorasurgery.kernels._lora_cpu import CHUNK, _four_rows, _take
 from lorasurgery.kernels._numba import inner, jit
+from lorasurgery.kernels.dora_merge import LANES
 
 BAND = 16  # rows
-LANES = CHUNK // 4  # running sums of squares
 
 f4, f8, u8 = np.float32, np.float64, np.uint64
 

@@ -24,26 +24,31 @@ def matvec(
     codes: Any, absmax: Any, block: Any, pairs: Any, x: Any, first: Any, out: Any
 ) -> Any:  # fmt: skip
     """out[k, i] = Σ over j of x[k, j] · w[first + i, j]; x [m, in] not empty, out float32 [m, rows]."""
-    m, n = x.shape
+    n = x.shape[1]
     if WIDE and n % block == 0 and block % LANES == 0:
         _wide(codes, (absmax, block), pairs, x, first, out)
         return
+    one_by_one(codes, (absmax, block), pairs, x, first, out, False)
+
+
+@inner
+def one_by_one(
+    codes: Any, scales: Any, pairs: Any, x: Any, first: Any, out: Any, paired: Any
+) -> Any:  # fmt: skip
+    """A row of W at a time, decoded and padded to whole lanes."""
+    m, n = x.shape
     padded = (n + LANES - 1) // LANES * LANES
     values, sums, wide = np.zeros(padded // 2, u8), np.empty(LANES, f4), np.zeros((m, padded), f4)
-    w = values.view(f4)
     for k in range(m):
         for j in range(n):
             wide[k, j] = load(x[k, j])
     for i in range(out.shape[1]):
-        start = (first + i) * n
-        if n % 2 == 0 and n % block == 0:
-            look_up(codes[start // 2 : (start + n) // 2], pairs, values)
-            _scale(w[:n], absmax[start // block : (start + n) // block], block, x)
-        else:
-            _decode_across(codes, absmax, block, pairs.view(f4), start, w[:n])
-            _round(w[:n], x)
+        decode(codes, scales, pairs, x, (first + i) * n, values)
         for k in range(m):
-            out[k, i] = _dot(w, wide[k], sums)
+            if paired:
+                out[k, i] = _dot_of_pairs(values.view(f4), wide[k], sums)
+            else:
+                out[k, i] = _dot(values.view(f4), wide[k], sums)
 
 
 @inner
@@ -64,7 +69,19 @@ def _wide(codes: Any, scales: Any, pairs: Any, x: Any, first: Any, out: Any) -> 
         for k in range(m):
             row(codes[start // 2 : (start + n) // 2], here, apart[k], size, mixed)
             gather(mixed, sums)
-            out[k, i] = _by_halves(sums)
+            out[k, i] = by_halves(sums)
+
+
+@inner
+def decode(codes: Any, scales: Any, pairs: Any, x: Any, start: Any, values: Any) -> Any:
+    """The weights from `start` on that a row of x [m, in] meets, as pairs of float32 rounded to x's dtype."""
+    (absmax, block), n, w = scales, x.shape[1], values.view(f4)
+    if n % 2 == 0 and n % block == 0:
+        look_up(codes[start // 2 : (start + n) // 2], pairs, values)
+        _scale(w[:n], absmax[start // block : (start + n) // block], block, x)
+    else:
+        _decode_across(codes, absmax, block, pairs.view(f4), start, w[:n])
+        _round(w[:n], x)
 
 
 @inner
@@ -115,11 +132,29 @@ def _dot(w: Any, x: Any, sums: Any) -> Any:
         for k in range(LANES):
             sums[k] += a[k] * b[k]
         at += LANES
-    return _by_halves(sums)
+    return by_halves(sums)
 
 
 @inner
-def _by_halves(sums: Any) -> Any:
+def _dot_of_pairs(w: Any, x: Any, sums: Any) -> Any:
+    """Of every 64 products 16 lanes take four neighbours each: the third, then the first, and the fourth, then the second.
+
+    Those are sums of even and of odd ones, and every other 64 have sums of their own.
+    """
+    for k in range(LANES):
+        sums[k] = f4(0)
+    for at in range(0, len(w), LANES):
+        own = sums[32:] if at // LANES % 2 else sums[:32]
+        for k in range(16):
+            even, odd = at + 4 * k, at + 4 * k + 1
+            own[k] = own[k] + w[even + 2] * x[even + 2] + w[even] * x[even]
+            own[16 + k] = own[16 + k] + w[odd + 2] * x[odd + 2] + w[odd] * x[odd]
+    return by_halves(sums)
+
+
+@inner
+def by_halves(sums: Any) -> Any:
+    """The sum of 64 numbers, in place."""
     width = LANES // 2
     while width:
         for k in range(width):

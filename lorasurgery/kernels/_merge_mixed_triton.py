@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorasurgery.kernels._merge_nf4_triton import _delta, _rounded, store_sums
+from lorasurgery.kernels._merge_nf4_triton import _delta, _rounded, store_moments, store_sums
 from lorasurgery.kernels._merge_triton import _float
 from lorasurgery.kernels._merge_triton import _rounded as _narrow
 from lorasurgery.kernels._nf4_triton import code_of, largest_of, normalized, span
@@ -39,11 +39,11 @@ def decode_merge(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def encode_merge(  # type: ignore[no-untyped-def]
-    w, absmax, a, b, codes, scales, partial, table, n, half, columns, rank, first, k1, k2,
-    BFLOAT: tl.constexpr, KEEP: tl.constexpr, CHANCE: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    w, seen, absmax, a, b, codes, scales, moments, table, n, half, columns, rank, first, k1, k2,
+    BFLOAT: tl.constexpr, SEEN: tl.constexpr, SEEN_BFLOAT: tl.constexpr, KEEP: tl.constexpr,
+    CHANCE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Dense to NF4, the same way."""
+    """Dense to NF4, the same way; the moments take `seen` for the weights if SEEN."""
     start, row, begin, byte, rest, stored = span(n, half, BLOCK, ROWS)
     index, even = begin[:, None] + tl.arange(0, BLOCK)[None, :], 2 * byte
     mask0, mask1, starts, whole = even < rest, even + 1 < rest, begin < rest, begin + BLOCK <= rest
@@ -57,5 +57,7 @@ def encode_merge(  # type: ignore[no-untyped-def]
     c0 = code_of(x0, table, k1, k2, first + start + even, CHANCE)
     c1 = code_of(x1, table, k1, k2, first + start + even + 1, CHANCE)
     tl.store(codes + start // 2 + byte, (c0 * 16 + c1).to(tl.uint8), mask=byte < stored)
-    new0, new1 = tl.load(table + c0) * scale[:, None], tl.load(table + c1) * scale[:, None]
-    store_sums(partial, new0 - old0, new1 - old1, d0, d1, mask0, mask1)
+    if SEEN:
+        base = _float(tl.load(seen + start + index, mask=index < rest, other=0), SEEN_BFLOAT)
+        old0, old1 = tl.split(tl.reshape(base, (ROWS, BLOCK // 2, 2)))
+    store_moments(moments, row, starts, scale, table, c0, c1, old0, old1, d0, d1)

@@ -8,21 +8,20 @@ import triton.language as tl
 from lorasurgery.kernels._nf4_triton import bfloat_bits, code_of, largest_of, normalized, span
 from lorasurgery.kernels._tuning import Config, of_32_threads
 
-# 32 weights a thread have codes of 128 bits, and take most of its registers; 16 have 64, and there is room for
-# twice as many threads
-MERGE = (
-    Config(WEIGHTS=4096, num_warps=4),
-    Config(WEIGHTS=8192, num_warps=8),
-    Config(WEIGHTS=2048, num_warps=4),
-)
+# 32 weights a thread have codes of 128 bits, and take most of its registers
+WIDE = (Config(WEIGHTS=4096, num_warps=4), Config(WEIGHTS=8192, num_warps=8))
+# 16 have 64: there is room for twice as many threads, and for what chance or float32 weights take
+HALF = (Config(WEIGHTS=2048, num_warps=4), Config(WEIGHTS=1024, num_warps=2))
 # where blocks run across rows each weight has an element of B to find, where they are small a scale, and where they
 # are large their threads have to meet: 8 weights a thread, of 32 bits
 NARROW = (Config(WEIGHTS=1024, num_warps=4), Config(WEIGHTS=512, num_warps=2))
 
 
-def merge_configs(block: int, columns: int) -> tuple[Config, ...]:
-    """For each of the three merges of NF4."""
-    return of_32_threads(MERGE if columns % block == 0 and 32 <= block <= 1024 else NARROW)
+def merge_configs(block: int, columns: int, crowded: bool) -> tuple[Config, ...]:
+    """For each of the three merges of NF4; `crowded` by chance, or with dense weights of float32."""
+    if columns % block or not 32 <= block <= 1024:
+        return of_32_threads(NARROW)
+    return of_32_threads(HALF if crowded else WIDE + HALF[:1])
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -85,8 +84,29 @@ def store_sums(partial, made0, made1, d0, d1, mask0, mask1):  # type: ignore[no-
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _moments(level, scale, old, d):  # type: ignore[no-untyped-def]
+    level, d = level.to(tl.float64), d.to(tl.float64)
+    e = level * scale - (old.to(tl.float64) + d)
+    return (
+        tl.sum(e * e, axis=1), tl.sum(e * d, axis=1), tl.sum(d * d, axis=1),
+        tl.sum(e * level, axis=1), tl.sum(level * level, axis=1), tl.sum(level * d, axis=1),
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def store_moments(moments, row, starts, scale, table, c0, c1, old0, old1, d0, d1):  # type: ignore[no-untyped-def]
+    """Those of `nf4_moments`, ROWS blocks [ROWS, 6]; what lies beyond the last weight must be 0."""
+    # one half after the other, in half the registers
+    scale = scale.to(tl.float64)[:, None]
+    even = _moments(tl.load(table + c0), scale, old0, d0)
+    odd = _moments(tl.load(table + c1), scale, old1, d1)
+    for i in tl.static_range(6):
+        tl.store(moments + row * 6 + i, even[i] + odd[i], mask=starts)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def merge(  # type: ignore[no-untyped-def]
-    codes, absmax, a, b, out, scales, partial, table, n, half, columns, rank, first, k1, k2,
+    codes, absmax, a, b, out, scales, moments, table, n, half, columns, rank, first, k1, k2,
     KEEP: tl.constexpr, CHANCE: tl.constexpr, DTYPE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -97,9 +117,9 @@ def merge(  # type: ignore[no-untyped-def]
     d0, d1 = _delta(a, b, start, rest, columns, rank, WHOLE, BLOCK, ROWS)
     packed = tl.load(codes + start // 2 + byte, mask=byte < stored, other=0).to(tl.int32)
     scale = tl.load(absmax + row, mask=starts, other=1.0)
-    old0 = _rounded(tl.load(table + (packed >> 4)) * scale[:, None], DTYPE)
-    old1 = _rounded(tl.load(table + (packed & 15)) * scale[:, None], DTYPE)
-    x0, x1 = tl.where(mask0, old0 + d0, 0.0), tl.where(mask1, old1 + d1, 0.0)
+    old0 = tl.where(mask0, _rounded(tl.load(table + (packed >> 4)) * scale[:, None], DTYPE), 0.0)
+    old1 = tl.where(mask1, _rounded(tl.load(table + (packed & 15)) * scale[:, None], DTYPE), 0.0)
+    x0, x1 = old0 + d0, old1 + d1
     if not KEEP:
         scale = largest_of(x0, x1, whole)
     tl.store(scales + row, scale, mask=starts)
@@ -107,5 +127,4 @@ def merge(  # type: ignore[no-untyped-def]
     c0 = code_of(x0, table, k1, k2, first + start + even, CHANCE)
     c1 = code_of(x1, table, k1, k2, first + start + even + 1, CHANCE)
     tl.store(out + start // 2 + byte, (c0 * 16 + c1).to(tl.uint8), mask=byte < stored)
-    new0, new1 = tl.load(table + c0) * scale[:, None], tl.load(table + c1) * scale[:, None]
-    store_sums(partial, new0 - old0, new1 - old1, d0, d1, mask0, mask1)
+    store_moments(moments, row, starts, scale, table, c0, c1, old0, old1, d0, d1)

@@ -1,4 +1,4 @@
-"""Merges as operators of torch, their three sums as one float64 [3]; imported by `run` when it is given tensors."""
+"""Merges as operators of torch, three sums as one float64 [3]; imported by `run` when it is given tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lorasurgery.kernels import lora_merge as dense
 from lorasurgery.kernels import nf4_decode_merge as out_of_nf4
 from lorasurgery.kernels import nf4_encode_merge as into_nf4
 from lorasurgery.kernels import nf4_merge as within_nf4
+from lorasurgery.kernels import nf4_moments as moments
 from lorasurgery.kernels._operator import constant, measured
 
 CHANCE = "SymInt? seed, SymInt offset"
@@ -52,11 +53,26 @@ dora_merge = measured(
 )
 
 
+def _moments(absmax: Tensor) -> Tensor:
+    return absmax.new_empty(absmax.shape[0], moments.COUNT, dtype=torch.float64)
+
+
+def _held(codes: Tensor, absmax: Tensor, *_: Any) -> Tensor:  # noqa: ARG001
+    return _moments(absmax)
+
+
+nf4_moments = constant(
+    moments,
+    "(Tensor codes, Tensor absmax, int block, Tensor v, Tensor d, Tensor table) -> Tensor",
+    _held,
+)
+
+
 def _within(codes: Tensor, absmax: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return codes.new_empty(codes.shape), absmax.new_empty(absmax.shape), _sums(codes)
+    return codes.new_empty(codes.shape), absmax.new_empty(absmax.shape), _moments(absmax)
 
 
-nf4_merge = measured(
+nf4_merge = constant(
     within_nf4,
     "(Tensor codes, Tensor absmax, int block, Tensor a, Tensor b, ScalarType dtype, bool keep, "
     f"{CHANCE}) -> {PACKED}",
@@ -82,11 +98,12 @@ nf4_decode_merge = measured(
 def _encoded(w: Tensor, block: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     n = w.numel()
     codes = w.new_empty(-(-n // 2), dtype=torch.uint8)
-    return codes, w.new_empty(-(-n // block), dtype=torch.float32), _sums(w)
+    scales = w.new_empty(-(-n // block), dtype=torch.float32)
+    return codes, scales, _moments(scales)
 
 
-nf4_encode_merge = measured(
+nf4_encode_merge = constant(
     into_nf4,
-    f"(Tensor w, int block, Tensor a, Tensor b, Tensor? absmax, {CHANCE}) -> {PACKED}",
+    f"(Tensor w, int block, Tensor a, Tensor b, Tensor? absmax, {CHANCE}, Tensor? base=None) -> {PACKED}",
     _encoded,
 )

@@ -16,6 +16,11 @@ MERGE = (
     Config(ROWS=4, COLUMNS=256, num_warps=4),
     Config(ROWS=16, COLUMNS=128, num_warps=8),
 )
+GAINS = (
+    Config(ROWS=8, num_warps=4),
+    Config(ROWS=4, num_warps=2),
+    Config(ROWS=16, num_warps=8),
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -63,18 +68,10 @@ def _rounded(x, index, k1, k2, KIND: tl.constexpr, CHANCE: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def merge(  # type: ignore[no-untyped-def]
-    w, a, b, out, partial, rows, columns, rank, first, k1, k2,
-    BFLOAT: tl.constexpr, KIND: tl.constexpr, CHANCE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS x COLUMNS elements a program, and its sums over c = out - w: of c · d, d² and (c - d)²."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    inside, starts = column < columns, row < rows
-    mask = starts[:, None] & inside[None, :]
-    index = row[:, None] * columns + column[None, :]
-    # -0 is what a sum may begin with and leave no trace
+def products(  # type: ignore[no-untyped-def]
+    a, b, row, column, starts, inside, columns, rank, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A tile of B A, summed over the rank in order; -0 is what a sum may begin with and leave no trace."""
     d = tl.zeros((ROWS, COLUMNS), tl.float32) * -1.0
     term_a, term_b = a + column, b + row * rank
     for _ in range(rank):
@@ -83,8 +80,31 @@ def merge(  # type: ignore[no-untyped-def]
         d += y[:, None] * x[None, :]
         term_a += columns
         term_b += 1
+    return d
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def merge(  # type: ignore[no-untyped-def]
+    w, a, b, gain, out, partial, rows, columns, rank, first, k1, k2,
+    GAIN: tl.constexpr, BFLOAT: tl.constexpr, KIND: tl.constexpr, CHANCE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS x COLUMNS elements a program, and its sums over c = out - w: of c · d, d² and (c - d)².
+
+    With GAIN, a row of w + B A is scaled by its gain, and d is what is meant to be added in all.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    inside, starts = column < columns, row < rows
+    mask = starts[:, None] & inside[None, :]
+    index = row[:, None] * columns + column[None, :]
+    d = products(a, b, row, column, starts, inside, columns, rank, ROWS, COLUMNS)
     wide = _float(tl.load(w + index, mask=mask, other=0), BFLOAT)
-    y = _rounded(wide + d, first + index, k1, k2, KIND, CHANCE)
+    total = wide + d
+    if GAIN:
+        total = tl.load(gain + row, mask=starts, other=0.0)[:, None] * total
+        d = total - wide
+    y = _rounded(total, first + index, k1, k2, KIND, CHANCE)
     tl.store(out + index, y, mask=mask)
     if KIND == "float16" and CHANCE:
         made = y.to(tl.float16, bitcast=True).to(tl.float32)
@@ -99,3 +119,28 @@ def merge(  # type: ignore[no-untyped-def]
     tl.store(at, tl.sum(tl.sum(terms, axis=1), axis=0).to(tl.float64))
     tl.store(at + programs, tl.sum(tl.sum(powers, axis=1), axis=0).to(tl.float64))
     tl.store(at + 2 * programs, tl.sum(tl.sum(noises, axis=1), axis=0).to(tl.float64))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def gains(  # type: ignore[no-untyped-def]
+    w, a, b, m, out, rows, columns, rank,
+    BFLOAT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program: m / ‖V‖ with V = w + B A; squares are summed in LANES, and these by halves."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    starts = row < rows
+    lanes = tl.zeros((ROWS, LANES), tl.float64)
+    for start in range(0, columns, LANES):
+        column = start + tl.arange(0, LANES)  # [LANES]
+        inside = column < columns
+        mask = starts[:, None] & inside[None, :]
+        d = products(a, b, row, column, starts, inside, columns, rank, ROWS, LANES)
+        at = w + row[:, None] * columns + column[None, :]
+        wide = _float(tl.load(at, mask=mask, other=0), BFLOAT)
+        v = tl.where(mask, wide + d, 0.0).to(tl.float64)
+        lanes += v * v
+    for i in tl.static_range(HALVINGS):
+        lanes = tl.sum(tl.reshape(lanes, (ROWS, 2, LANES >> (i + 1))), axis=1)
+    norm = tl.sqrt(tl.reshape(lanes, (ROWS,))).to(tl.float32)
+    size = tl.load(m + row, mask=starts, other=0.0)
+    tl.store(out + row, tl.div_rn(size, tl.where(norm == 0.0, 1.0, norm)), mask=starts)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lorasurgery.kernels._chance_cpu import uniform
 from lorasurgery.kernels._floats import load, nearest
+from lorasurgery.kernels._nf4_count import cells, count_below
 from lorasurgery.kernels._nf4_lookup import look_up
 from lorasurgery.kernels._numba import inner, jit
 
@@ -26,12 +27,12 @@ f4, u4, u8, i1 = np.float32, np.uint32, np.uint64, np.uint8
 def quantize(flat: Any, block: Any, middles: Any, keep: Any, absmax: Any, codes: Any) -> Any:
     """Fill codes, and absmax unless `keep`, to the nearest level, given the middles between them."""
     n = len(flat)
-    x, nibbles = np.empty(SPAN, f4), np.empty(SPAN, i1)
+    x, nibbles, found = np.empty(SPAN, f4), np.empty(SPAN, i1), cells(middles)
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
         scales = absmax[start // block : (start + size + block - 1) // block]
         _normalize(flat[start : start + size], block, keep, scales, x)
-        _count(x, middles, nibbles)
+        count_below(x, middles, found, nibbles)
         # the spare half of a last byte is the code of 0, as bitsandbytes pads
         if size % 2:
             nibbles[size] = 7
@@ -47,12 +48,12 @@ def quantize_by_chance(
     levels: float32 [2, 16], the levels and how far above each the next one is (0 for the last).
     """
     n, table = len(flat), levels[0]
-    x, nibbles = np.empty(SPAN, f4), np.empty(SPAN, i1)
+    x, nibbles, found = np.empty(SPAN, f4), np.empty(SPAN, i1), cells(table[1:])
     for start in range(0, n, SPAN):
         size = min(SPAN, n - start)
         scales = absmax[start // block : (start + size + block - 1) // block]
         _normalize(flat[start : start + size], block, keep, scales, x)
-        _count(x, table[1:], nibbles)
+        count_below(x, table[1:], found, nibbles)
         _raise_by_chance(x[:size], levels, chance, start, nibbles)
         if size % 2:
             nibbles[size] = 7
@@ -130,20 +131,6 @@ def _normalize(flat: Any, block: Any, keep: Any, absmax: Any, x: Any) -> Any:
         else:
             for j in range(size):
                 target[j] = load(source[j]) / scale
-
-
-@inner
-def _count(x: Any, bounds: Any, nibbles: Any) -> Any:
-    """How many bounds lie below each x; 15 comparisons cost less than a search."""
-    b0, b1, b2, b3, b4 = bounds[0], bounds[1], bounds[2], bounds[3], bounds[4]
-    b5, b6, b7, b8, b9 = bounds[5], bounds[6], bounds[7], bounds[8], bounds[9]
-    b10, b11, b12, b13, b14 = bounds[10], bounds[11], bounds[12], bounds[13], bounds[14]
-    for j in range(SPAN):
-        v = x[j]
-        c = u4(v > b0) + u4(v > b1) + u4(v > b2) + u4(v > b3) + u4(v > b4)
-        c += u4(v > b5) + u4(v > b6) + u4(v > b7) + u4(v > b8) + u4(v > b9)
-        c += u4(v > b10) + u4(v > b11) + u4(v > b12) + u4(v > b13) + u4(v > b14)
-        nibbles[j] = i1(c)
 
 
 @inner

@@ -140,3 +140,31 @@ def dequantize(  # type: ignore[no-untyped-def]
         tl.store(out + index, bfloat_bits(x).to(tl.int16), mask=index < n)
     else:
         tl.store(out + index, x.to(out.dtype.element_ty), mask=index < n)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _total(x0, x1):  # type: ignore[no-untyped-def]
+    """The sum of all squares, in float64."""
+    x0, x1 = x0.to(tl.float64), x1.to(tl.float64)
+    return tl.sum(tl.sum(x0 * x0 + x1 * x1, axis=1), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def error(  # type: ignore[no-untyped-def]
+    flat, codes, absmax, table, sums, largest, n, half, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """ROWS blocks a program, and of them Σ e², Σ w² and max |e|, where e is what a code stands for less w."""
+    start, row, begin, byte, rest, stored = span(n, half, BLOCK, ROWS)
+    index = begin[:, None] + tl.arange(0, BLOCK)[None, :]
+    mask0, mask1 = 2 * byte < rest, 2 * byte + 1 < rest
+    packed = tl.load(codes + start // 2 + byte, mask=byte < stored, other=0).to(tl.int32)
+    scale = tl.load(absmax + row, mask=begin < rest, other=0.0)[:, None]
+    wide = tl.load(flat + start + index, mask=index < rest, other=0.0).to(tl.float32)
+    w0, w1 = tl.split(tl.reshape(wide, (ROWS, BLOCK // 2, 2)))
+    e0 = tl.where(mask0, tl.load(table + (packed >> 4)) * scale - w0, 0.0)
+    e1 = tl.where(mask1, tl.load(table + (packed & 15)) * scale - w1, 0.0)
+    at = sums + tl.program_id(0)
+    tl.store(at, _total(e0, e1))
+    tl.store(at + tl.num_programs(0), _total(w0, w1))
+    most = tl.max(tl.max(tl.maximum(tl.abs(e0), tl.abs(e1)), axis=1), axis=0)
+    tl.store(largest + tl.program_id(0), most)

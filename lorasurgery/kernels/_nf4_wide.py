@@ -57,12 +57,7 @@ def gather(x: Any, out: Any) -> Any:
 
 def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     kinds = signature.args
-
-    def data(kind: Any, value: Any) -> Any:
-        return context.make_array(kind)(context, builder, value).data
-
-    codes, x, out = (data(kinds[i], args[i]) for i in (0, 2, 4))
-    absmax, plain = (data(kinds[1][i], builder.extract_value(args[1], i)) for i in (0, 1))
+    codes, x, out, absmax, plain = pointers(context, builder, kinds, args)
     like = kinds[1][2].dtype
     blocks, each = (builder.extract_value(args[3], i) for i in (0, 1))
     name, kind = "llvm.x86.avx512.permvar.sf.512", ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
@@ -90,6 +85,16 @@ def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         target = builder.gep(out, [_number(each, 16 * i)])
         builder.store(builder.load(total), _as(builder, target, _FLOATS), align=4)
     return context.get_dummy_value()
+
+
+def pointers(context: Any, builder: Any, kinds: Any, args: Any) -> list[Any]:
+    """Where the codes, x, the sums, absmax and the table lie, of what a row takes."""
+
+    def data(kind: Any, value: Any) -> Any:
+        return context.make_array(kind)(context, builder, value).data
+
+    inner_ones = (data(kinds[1][i], builder.extract_value(args[1], i)) for i in (0, 1))
+    return [*(data(kinds[i], args[i]) for i in (0, 2, 4)), *inner_ones]
 
 
 def _spread(builder: Any, value: Any) -> Any:

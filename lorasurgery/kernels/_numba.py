@@ -57,3 +57,9 @@ def jit(fn: Function) -> Function:
 def inner(fn: Function) -> Function:
     """A part of a kernel, compiled into it."""
     return numba.njit(nogil=True, error_model="numpy")(fn)  # type: ignore[no-any-return, unused-ignore]
+
+
+def unordered(fn: Function) -> Function:
+    """The same where sums may be taken in any order, as vectors want them: for those of float64 alone."""
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+    return compiled(fn)  # type: ignore[no-any-return, unused-ignore]

@@ -13,12 +13,14 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels import lora_delta
+from lorasurgery.kernels import lora_delta, lora_merge
 from lorasurgery.kernels._chance import keys, rounded, uniform
 from lorasurgery.kernels._tensors import Data, Dtype, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
+LANES = 64  # running sums of a row's squares, in float64: column j adds to sum j % LANES
 
 
 def run(
@@ -82,6 +84,17 @@ def cpu(
     return out, signal, power, noise2
 
 
+def launch(
+    w: Tensor, a: Tensor, b: Tensor, m: Tensor, dtype: Any, seed: int | None = None, offset: int = 0
+) -> tuple[Tensor, float, float, float]:
+    """The same in Triton: the gain of each row, and then W', a tile a program."""
+    from lorasurgery.kernels import _merge_launch as how
+
+    w, a, b = w.contiguous(), a.contiguous(), b.contiguous()
+    gain = how.gains(w, a, b, m.contiguous())
+    return how.merge(w, (a, b), gain, dtype, (seed, offset))
+
+
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Each dtype to each, bands and chunks that end early, both roundings, a zero row."""
     import torch
@@ -100,3 +113,11 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"{rows}x{columns}-rank{rank}-{kind}-{into}", (w.to(kind), a, b, m, into)
         for kind in kinds:
             yield f"{rows}x{columns}-rank{rank}-{kind}-seed", (w.to(kind), a, b, m, kind, 7, 12345)
+
+
+def sized(rng: Generator, side: int) -> tuple[Any, ...]:
+    """A layer of bfloat16 at rank 16, for a clock."""
+    import torch
+
+    w, a, b, dtype = lora_merge.sized(rng, side)
+    return w, a, b, 0.02 * side**0.5 * (1 + 0.1 * torch.randn(side, generator=rng)), dtype

@@ -1,12 +1,13 @@
 """A linear layer over an NF4 weight with LoRA: y = x · dequant(W)ᵀ + h · Bᵀ + bias, h = s · (x · Aᵀ).
 
 Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3, eq. 5. W and h are rounded to x's dtype, sums are
-float32, rounded once. W is read once, and unpacked anew for the gradient.
+float32, rounded once; for many rows on a CPU, x · dequant(W)ᵀ is rounded before h · Bᵀ is added. W is read
+once, and unpacked anew for the gradient; where A is frozen, all that is kept of x is h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def run(
     args = codes, absmax, block, rows, table, a, b, scale, bias, nested, offset
     form: Any = cpu
     if is_tensor(x):
-        from lorasurgery.kernels._ops import lora_linear as form
+        from lorasurgery.kernels._ops import lora_linear_alone as form
     y: Data = form(x, *args)
     return y
 
@@ -107,20 +108,31 @@ def launch(
 
 
 def gradients(
-    g: Tensor, x: Tensor, w: Packed, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those for x, a and b: g W + u A, uᵀ x and gᵀ h, with u = s · g B."""
-    from lorasurgery.kernels.nf4_linear import gradient
+    g: Tensor, kept: tuple[Tensor | None, Tensor], w: Packed, a: Tensor, b: Tensor, scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those for x, a and b: g W + u A, uᵀ x and gᵀ h, with u = s · g B; empty where not wanted.
 
-    a_, b_ = a.to(x.dtype), b.to(x.dtype)
-    u, h = scaled(scale, g, b_), scaled(scale, x, a_.T)
+    `kept` are x, which the one for a needs, and h.
+    """
+    x, h = kept
+    u = scaled(scale, g, b.to(g.dtype)) if any(wanted[:2]) else g
+    return (
+        _for_x(g, u, w, a.to(g.dtype)) if wanted[0] else g.new_empty(0),
+        g.new_empty(0) if x is None or not wanted[1] else (u.T @ x).to(a.dtype),
+        # turned: a product with few rows is done sooner than one with few columns
+        (h.T @ g).T.to(b.dtype) if wanted[2] else g.new_empty(0),
+    )
+
+
+def _for_x(g: Tensor, u: Tensor, w: Packed, a: Tensor) -> Tensor:
     if g.is_cuda:
         from lorasurgery.kernels._nf4_linear_launch import backward
 
-        gx = backward(g, x.shape[1], w, (u, a_.contiguous()))
-    else:
-        gx = gradient(g, x.shape[1], w) + u @ a_
-    return gx, (u.T @ x).to(a.dtype), (g.T @ h).to(b.dtype)
+        return backward(g, a.shape[1], w, (u, a.contiguous()))
+    from lorasurgery.kernels import _nf4_linear_host as host
+
+    return host.backward(g, a.shape[1], w).addmm_(u, a)
 
 
 def scaled(scale: float, x: Tensor, y: Tensor) -> Tensor:

@@ -86,31 +86,10 @@ def launch(
     w: Tensor, a: Tensor, b: Tensor, dtype: Any, seed: int | None = None, offset: int = 0
 ) -> tuple[Tensor, float, float, float]:
     """The same in Triton, a tile a program; its sums meet in float64."""
-    import torch
+    from lorasurgery.kernels import _merge_launch as how
 
-    from lorasurgery.kernels._merge_triton import MERGE, merge
-    from lorasurgery.kernels._tuning import Config, tuned
-
-    (rows, columns), half = w.shape, dtype == torch.float16 and seed is not None
-    out = torch.empty(w.shape, dtype=dtype, device=w.device)
-    as_bits = out.view(torch.int16) if half or dtype == torch.bfloat16 else out
-    w, a, b = w.contiguous(), a.contiguous(), b.contiguous()
-    bfloat, (k1, k2) = w.dtype == torch.bfloat16, map(int, keys(seed or 0))
-    sums = [torch.zeros(3, 0, dtype=torch.float64, device=w.device)]
-
-    def start(config: Config) -> None:
-        grid = -(-rows // config["ROWS"]), -(-columns // config["COLUMNS"])
-        sums[0] = torch.empty(3, grid[0] * grid[1], dtype=torch.float64, device=w.device)
-        merge[grid](
-            w.view(torch.int16) if bfloat else w, a, b, as_bits, sums[0], rows, columns, len(a),
-            offset, k1, k2, BFLOAT=bfloat, KIND=dtype_name(dtype), CHANCE=seed is not None,
-            **config, enable_fp_fusion=False,
-        )  # fmt: skip
-
-    if w.numel():
-        tuned("lora_merge", MERGE, (w, a, dtype_name(dtype), seed is not None), start)
-    signal, power, noise2 = sums[0].sum(dim=1).tolist()
-    return out, signal, power, noise2
+    factors = a.contiguous(), b.contiguous()
+    return how.merge(w.contiguous(), factors, None, dtype, (seed, offset))
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:

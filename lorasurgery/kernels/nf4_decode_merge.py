@@ -131,8 +131,9 @@ def launch(
         )  # fmt: skip
 
     if out.numel():
+        configs = merge_configs(block, shape[1], seed is not None)
         facts = codes, block, len(a), dtype_name(decoded), dtype_name(dtype), seed is not None
-        tuned("nf4_decode_merge", merge_configs(block, shape[1]), facts, start)
+        tuned("nf4_decode_merge", configs, facts, start)
     signal, power, noise2 = sums[0].sum(dim=1).tolist()
     return out, signal, power, noise2
 

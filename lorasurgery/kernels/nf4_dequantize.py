@@ -144,7 +144,7 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
     def start(config: Config) -> None:
         dequantize[(-(-n // config["SIZE"]),)](
             codes, absmax, table, out.view(torch.int16) if bfloat else out, n, len(codes), BLOCK=block,
-            BFLOAT=bfloat, **config,
+            BFLOAT=bfloat, **config, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:

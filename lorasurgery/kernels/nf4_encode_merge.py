@@ -1,7 +1,8 @@
 """A merge of dense weights into NF4 in one pass: codes of W + B A, and what they hold of B A beside W.
 
 Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3; Hu et al. 2021 (LoRA), arXiv 2106.09685, §4.1. It is `nf4_quantize`
-of `lora_merge`, bit for bit, without the float32 weights in memory; the noise is that of quantizing W too.
+of `lora_merge`, bit for bit, without the float32 weights in memory, and `nf4_moments` of both; the noise is that of
+quantizing W too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels import lora_delta, lora_merge, nf4_dequantize, nf4_quantize
+from lorasurgery.kernels import lora_delta, nf4_dequantize, nf4_moments, nf4_quantize
 from lorasurgery.kernels._chance import keys
 from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
-from lorasurgery.kernels.nf4_decode_merge import rows_at_a_time
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 def run(
     w: Data, block: int, a: Data, b: Data, absmax: Data | None = None, seed: int | None = None,
-    offset: int = 0,
-) -> tuple[Data, Data, float, float, float]:  # fmt: skip
-    """Codes, scales, signal, power and noise2 (as `lora_merge`'s, in float64); raises ShapeError.
+    offset: int = 0, base: Data | None = None,
+) -> tuple[Data, Data, Data]:  # fmt: skip
+    """Codes, scales, and what they hold of B A, as `nf4_moments` has it; raises ShapeError.
 
     Args:
         w: bfloat16, float16 or float32 [rows, cols].
@@ -37,6 +37,7 @@ def run(
         absmax: float32 scales to keep; None computes them.
         seed: None takes the nearest level, a number one of the two neighbours by chance.
         offset: index of w's first element in its tensor, so that chance is free of tiling.
+        base: bfloat16, float16 or float32 [rows, cols], the weight that B A was meant for; None: w.
 
     """
     lora_delta.check(a, b, "nf4_encode_merge")
@@ -55,61 +56,56 @@ def run(
             f"nf4_encode_merge: the scales to keep are {dtype_name(absmax.dtype)} "
             f"{list(absmax.shape)}, but float32 [{blocks}] are needed. Check the block size."
         )
+    if base is not None and (tuple(base.shape) != wanted or dtype_name(base.dtype) not in FLOATS):
+        raise ShapeError(
+            f"nf4_encode_merge: the base is {dtype_name(base.dtype)} {list(base.shape)}, but W is "
+            f"{list(wanted)}. Is it of another layer?"
+        )
     form: Any = cpu
     if is_tensor(w):
         from lorasurgery.kernels._merge_ops import nf4_encode_merge as form
-    result: tuple[Data, Data, float, float, float] = form(w, block, a, b, absmax, seed, offset)
+    result: tuple[Data, Data, Data] = form(w, block, a, b, absmax, seed, offset, base)
     return result
 
 
 def reference(
     w: Tensor, block: int, a: Tensor, b: Tensor, absmax: Tensor | None = None,
-    seed: int | None = None, offset: int = 0,
-) -> tuple[Tensor, Tensor, float, float, float]:  # fmt: skip
+    seed: int | None = None, offset: int = 0, base: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The kernels' definitions, one after another."""
     import torch
 
-    wide, d = w.float(), lora_delta.reference(a, b)
-    codes, scales = nf4_quantize.reference((wide + d).flatten(), block, absmax, seed, offset)
-    table = torch.from_numpy(NF4.copy()).to(w.device)
-    new = nf4_dequantize.reference(codes, scales, block, wide.numel(), torch.float32, table)
-    made, d = (new.view(wide.shape) - wide).double(), d.double()
-    terms = made * d, d.square(), (made - d).square()
-    signal, power, noise2 = (float(term.sum()) for term in terms)
-    return codes, scales, signal, power, noise2
+    d, seen = lora_delta.reference(a, b), w if base is None else base
+    flat, table = (w.float() + d).flatten(), torch.from_numpy(NF4.copy()).to(w.device)
+    codes, scales = nf4_quantize.reference(flat, block, absmax, seed, offset)
+    moments = nf4_moments.reference(codes, scales, block, seen.flatten(), d.flatten(), table)
+    return codes, scales, moments
 
 
 def cpu(
     w: Array, block: int, a: Array, b: Array, absmax: Array | None = None, seed: int | None = None,
-    offset: int = 0,
-) -> tuple[Array, Array, float, float, float]:  # fmt: skip
-    """The same in numba, some rows at a time that are whole blocks and bytes."""
-    rows, columns = w.shape
-    codes, scales = np.empty(-(-w.size // 2), np.uint8), np.empty(-(-w.size // block), np.float32)
-    sums, wide = np.zeros(3), np.dtype(np.float32)
-    step = rows_at_a_time(columns, block)
-    for start in range(0, rows, step):
-        here, first = slice(start, start + step), start * columns
-        total, *_ = lora_merge.cpu(w[here], a, b[here], wide)
-        last = first + total.size
-        bytes_, blocks = slice(first // 2, -(-last // 2)), slice(first // block, -(-last // block))
-        kept = None if absmax is None else absmax[blocks]
-        codes[bytes_], scales[blocks] = nf4_quantize.cpu(
-            total.reshape(-1), block, kept, seed, offset + first
-        )
-        new = nf4_dequantize.cpu(codes[bytes_], scales[blocks], block, total.size, wide, NF4)
-        d = lora_delta.cpu(a, b[here]).reshape(-1).astype(np.float64)
-        made = (new - w[here].astype(np.float32).reshape(-1)).astype(np.float64)
-        sums += made @ d, d @ d, (made - d) @ (made - d)
-    signal, power, noise2 = map(float, sums)
-    return codes, scales, signal, power, noise2
+    offset: int = 0, base: Array | None = None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """The same in numba."""
+    from lorasurgery.kernels._floats import source
+    from lorasurgery.kernels._merge_nf4_cpu import merge
+
+    keep, blocks = absmax is not None, -(-w.size // block)
+    codes, moments = np.empty(-(-w.size // 2), np.uint8), np.empty((blocks, nf4_moments.COUNT))
+    scales = np.empty(blocks, np.float32) if absmax is None else absmax.copy()
+    chance = None if seed is None else (*keys(seed), np.uint64(offset))
+    tables = nf4_dequantize.pairs(NF4.tobytes()), nf4_quantize.MIDDLES, nf4_quantize.LEVELS
+    seen, out = None if base is None else source(base).reshape(-1), (codes, scales, moments)
+    weights = None, source(w).reshape(-1), seen, block
+    merge(weights, (source(a), source(b)), tables, keep, chance, out)
+    return out
 
 
 def launch(
     w: Tensor, block: int, a: Tensor, b: Tensor, absmax: Tensor | None = None,
-    seed: int | None = None, offset: int = 0,
-) -> tuple[Tensor, Tensor, float, float, float]:  # fmt: skip
-    """The same in Triton, some blocks a program; its sums meet in float64."""
+    seed: int | None = None, offset: int = 0, base: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same in Triton, some blocks a program."""
     import torch
 
     from lorasurgery.kernels._merge_mixed_triton import encode_merge
@@ -119,27 +115,35 @@ def launch(
     n, device, keep = w.numel(), w.device, absmax is not None
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
     scales = torch.empty(-(-n // block), device=device)
+    moments = torch.empty(len(scales), nf4_moments.COUNT, dtype=torch.float64, device=device)
     given = scales if absmax is None else absmax.contiguous()
-    w, a, b = w.contiguous(), a.contiguous(), b.contiguous()
-    bfloat = w.dtype == torch.bfloat16
+    dense, seen = _bits(w), _bits(w if base is None else base)
+    a, b = a.contiguous(), b.contiguous()
     table, (k1, k2) = torch.from_numpy(NF4.copy()).to(device), map(int, keys(seed or 0))
-    sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]
 
     def start(config: Config) -> None:
         layout = over_blocks(config, block)
-        programs = -(-len(scales) // layout["ROWS"])
-        sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
-        encode_merge[(programs,)](
-            w.view(torch.int16) if bfloat else w, given, a, b, codes, scales, sums[0], table, n,
-            len(codes), w.shape[1], len(a), offset, k1, k2, BFLOAT=bfloat, KEEP=keep, CHANCE=seed is not None,
+        encode_merge[(-(-len(scales) // layout["ROWS"]),)](
+            dense, seen, given, a, b, codes, scales, moments, table, n, len(codes), w.shape[1],
+            len(a), offset, k1, k2, BFLOAT=dense.dtype == torch.int16, SEEN=base is not None,
+            SEEN_BFLOAT=seen.dtype == torch.int16, KEEP=keep, CHANCE=seed is not None,
             WHOLE=w.shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
-        facts = w, block, len(a), keep, seed is not None
-        tuned("nf4_encode_merge", merge_configs(block, w.shape[1]), facts, start)
-    signal, power, noise2 = sums[0].sum(dim=1).tolist()
-    return codes, scales, signal, power, noise2
+        crowded = seed is not None or torch.float32 in (dense.dtype, seen.dtype)
+        configs = merge_configs(block, w.shape[1], crowded)
+        facts = w, block, len(a), keep, seed is not None, str(seen.dtype), base is not None
+        tuned("nf4_encode_merge", configs, facts, start)
+    return codes, scales, moments
+
+
+def _bits(w: Tensor) -> Tensor:
+    """A bfloat16 as the int16 of its bits."""
+    import torch
+
+    w = w.contiguous()
+    return w.view(torch.int16) if w.dtype == torch.bfloat16 else w
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -160,9 +164,14 @@ def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"{label}-rtn", call
             yield f"{label}-keep", (*call, absmax)
             yield f"{label}-stochastic", (*call, None, 5, (1 << 32) - 2 * block)
+            base = (w + 0.001 * torch.randn(w.shape, generator=rng)).to(dtype)
+            yield f"{label}-base", (*call, None, None, 0, base)
+        # the original's dtype need not be the base's
+        yield f"{label}-other-base", (*call, None, None, 0, base.bfloat16())
 
 
 def sized(rng: Generator, side: int) -> tuple[Any, ...]:
-    """A layer of bfloat16 at rank 16, for a clock."""
+    """A layer of bfloat16 at rank 16, measured against another, for a clock."""
     w, block = nf4_quantize.sized(rng, side)
-    return w.view(side, side), block, *lora_delta.sized(rng, side)
+    w = w.view(side, side)
+    return w, block, *lora_delta.sized(rng, side), None, None, 0, w.flip(0)

@@ -64,6 +64,34 @@ def cpu(flat: Array, codes: Array, absmax: Array, block: int) -> tuple[float, fl
     return error2, norm2, float(largest)
 
 
+def launch(flat: Tensor, codes: Tensor, absmax: Tensor, block: int) -> tuple[float, float, float]:
+    """The same in Triton, some blocks a program; sums in float64."""
+    import torch
+
+    from lorasurgery.kernels._nf4_triton import QUANTIZE, error
+    from lorasurgery.kernels._tuning import Config, of_32_threads, over_blocks, tuned
+
+    if not len(flat):
+        return 0.0, 0.0, 0.0
+    inputs, device = [x.contiguous() for x in (flat, codes, absmax)], flat.device
+    table = torch.from_numpy(nf4_dequantize.NF4.copy()).to(device)
+    found: list[Tensor] = []
+
+    def start(config: Config) -> None:
+        layout = over_blocks(config, block)
+        programs = -(-len(absmax) // layout["ROWS"])
+        sums = torch.empty(2, programs, dtype=torch.float64, device=device)
+        largest = torch.empty(programs, device=device)
+        error[(programs,)](
+            *inputs, table, sums, largest, len(flat), len(codes), **layout, enable_fp_fusion=False,
+        )  # fmt: skip
+        found[:] = sums, largest
+
+    tuned("nf4_error", of_32_threads(QUANTIZE), (flat, block), start)
+    error2, norm2 = found[0].sum(dim=1).tolist()
+    return error2, norm2, float(found[1].max())
+
+
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Short last blocks, odd sizes, more than one flush of the sums, each dtype."""
     import torch

@@ -1,13 +1,14 @@
 """y = x · dequant(W)ᵀ for few rows of x: W stays packed in memory, and is read once.
 
 Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3, eq. 5, without the LoRA. Weights are rounded to x's
-dtype, as if they had been dequantized before; products and sums are float32. A sum is 64 interleaved ones that
-are then added by halves, so that its bits are the same everywhere.
+dtype, as if they had been dequantized before; products and sums are float32. A sum is 64 ones, interleaved, that
+are then added by halves, so that its bits are the same everywhere: for a bfloat16 x in the order in which processors
+multiply pairs of that dtype, and but for what is below 2^-126.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,14 +60,35 @@ def reference(
     n = x.shape[1]
     w = nf4_dequantize.reference(codes, absmax, block, rows * n, x.dtype, table)
     products = x.float()[:, None, :] * w.float().view(rows, n)
-    lanes = torch.nn.functional.pad(products, (0, -n % LANES)).unflatten(-1, (-1, LANES))
-    sums = torch.zeros(*lanes.shape[:2], LANES, device=x.device)
-    for step in lanes.unbind(dim=2):
+    steps = _of_pairs(products) if x.dtype == torch.bfloat16 else _of_lanes(products)
+    sums = torch.zeros(*products.shape[:2], LANES, device=x.device)
+    for step in steps:
         sums = sums + step
     while sums.shape[-1] > 1:
         left, right = sums.chunk(2, dim=-1)
         sums = left + right
     return sums.squeeze(-1).to(x.dtype)
+
+
+def _of_lanes(products: Tensor) -> Iterable[Tensor]:
+    """What is added one after the other: 64 neighbours."""
+    from torch.nn.functional import pad
+
+    lanes = pad(products, (0, -products.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
+    yield from lanes.unbind(dim=2)
+
+
+def _of_pairs(products: Tensor) -> Iterable[Tensor]:
+    """Of 128 neighbours in fours the third and fourth, and then the first and second: even ones, odd ones."""
+    from torch.nn.functional import pad
+
+    whole = pad(products, (0, -products.shape[-1] % (2 * LANES)))
+    fours = whole.unflatten(
+        -1, (-1, 2, 16, 2, 2)
+    )  # steps, their parity, lanes, the place of two, odd
+    for step in fours.unbind(dim=2):
+        for place in (1, 0):
+            yield step[..., place, :].transpose(-1, -2).flatten(2)
 
 
 def cpu(x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Array) -> Array:
@@ -78,13 +100,16 @@ def sums(x: Array, codes: Array, absmax: Array, block: int, rows: int, table: Ar
     """What is rounded in the end, float32 [m, rows]; rows of W over threads."""
     from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._matvec_cpu import matvec
+    from lorasurgery.kernels._matvec_pairs_cpu import matvec_pairs
     from lorasurgery.kernels._threads import over_rows
 
     out = np.empty((len(x), rows), np.float32)
     packed = source(codes), source(absmax), block, nf4_dequantize.pairs(table.tobytes()), source(x)
 
+    form = matvec_pairs if dtype_name(x.dtype) == "bfloat16" else matvec
+
     def part(start: int, stop: int) -> None:
-        matvec(*packed, start, out[:, start:stop])
+        form(*packed, start, out[:, start:stop])
 
     if not x.size:
         return np.zeros((len(x), rows), np.float32)

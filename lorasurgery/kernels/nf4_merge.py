@@ -1,7 +1,8 @@
 """A merge into NF4 in one pass: codes of W + B A, with W = round(level · absmax), and what they hold of B A.
 
 Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3; Hu et al. 2021 (LoRA), arXiv 2106.09685, §4.1. It is
-`nf4_quantize` of `lora_merge` of `nf4_dequantize`, bit for bit, without the float32 weights in memory.
+`nf4_quantize` of `lora_merge` of `nf4_dequantize`, bit for bit, without the float32 weights in memory,
+and `nf4_moments` of all these.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels import lora_delta, nf4_dequantize, nf4_quantize
+from lorasurgery.kernels import lora_delta, nf4_dequantize, nf4_moments, nf4_quantize
 from lorasurgery.kernels._chance import keys
 from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
 def run(
     codes: Data, absmax: Data, block: int, a: Data, b: Data, dtype: Dtype,
     keep: bool = False, seed: int | None = None, offset: int = 0,
-) -> tuple[Data, Data, float, float, float]:  # fmt: skip
-    """Codes, scales, signal, power and noise2 (as `lora_merge`'s, in float64); raises ShapeError.
-
-    The sums are those of a file where its scales are kept, or are stored as the float32 that they are.
+) -> tuple[Data, Data, Data]:  # fmt: skip
+    """Codes, scales, and what they hold of B A, as `nf4_moments` has it; raises ShapeError.
 
     Args:
         codes: uint8 [ceil(n / 2)], W [rows, cols] packed, n = rows · cols.
@@ -51,17 +50,15 @@ def run(
     form: Any = cpu
     if is_tensor(codes):
         from lorasurgery.kernels._merge_ops import nf4_merge as form
-    result: tuple[Data, Data, float, float, float] = form(
-        codes, absmax, block, a, b, dtype, keep, seed, offset
-    )
+    result: tuple[Data, Data, Data] = form(codes, absmax, block, a, b, dtype, keep, seed, offset)
     return result
 
 
 def reference(
     codes: Tensor, absmax: Tensor, block: int, a: Tensor, b: Tensor, dtype: Any,
     keep: bool = False, seed: int | None = None, offset: int = 0,
-) -> tuple[Tensor, Tensor, float, float, float]:  # fmt: skip
-    """The three kernels' definitions, one after another."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The kernels' definitions, one after another."""
     import torch
 
     table = torch.from_numpy(NF4.copy()).to(codes.device)
@@ -69,35 +66,33 @@ def reference(
     old = nf4_dequantize.reference(codes, absmax, block, len(d), dtype, table).float()
     kept = absmax if keep else None
     packed, scales = nf4_quantize.reference(old + d, block, kept, seed, offset)
-    new = nf4_dequantize.reference(packed, scales, block, len(d), torch.float32, table)
-    made, d = (new - old).double(), d.double()
-    terms = made * d, d.square(), (made - d).square()
-    signal, power, noise2 = (float(term.sum()) for term in terms)
-    return packed, scales, signal, power, noise2
+    return packed, scales, nf4_moments.reference(packed, scales, block, old, d, table)
 
 
 def cpu(
     codes: Array, absmax: Array, block: int, a: Array, b: Array, dtype: Any,
     keep: bool = False, seed: int | None = None, offset: int = 0,
-) -> tuple[Array, Array, float, float, float]:  # fmt: skip
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """The same in numba."""
     from lorasurgery.kernels._floats import source
     from lorasurgery.kernels._merge_nf4_cpu import merge
 
     packed = np.empty(len(codes), np.uint8)
     scales = absmax.copy() if keep else np.empty(len(absmax), np.float32)
+    moments = np.empty((len(absmax), nf4_moments.COUNT))
     chance = None if seed is None else (*keys(seed), np.uint64(offset))
     tables = nf4_dequantize.pairs(NF4.tobytes()), nf4_quantize.MIDDLES, nf4_quantize.LEVELS
-    base = source(codes), source(absmax), block, source(np.zeros(1, dtype))
-    sums = merge(base, (source(a), source(b)), tables, keep, chance, (packed, scales))
-    return packed, scales, *sums
+    packed_base = source(codes), source(absmax), source(np.zeros(1, dtype))
+    base, out = (packed_base, None, None, block), (packed, scales, moments)
+    merge(base, (source(a), source(b)), tables, keep, chance, out)
+    return out
 
 
 def launch(
     codes: Tensor, absmax: Tensor, block: int, a: Tensor, b: Tensor, dtype: Any,
     keep: bool = False, seed: int | None = None, offset: int = 0,
-) -> tuple[Tensor, Tensor, float, float, float]:  # fmt: skip
-    """The same in Triton, some blocks a program; its sums meet in float64."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same in Triton, some blocks a program."""
     import torch
 
     from lorasurgery.kernels._merge_nf4_triton import merge, merge_configs
@@ -108,23 +103,21 @@ def launch(
     scales = torch.empty(len(absmax), device=device)
     inputs = [x.contiguous() for x in (codes, absmax, a, b)]
     table, (k1, k2) = torch.from_numpy(NF4.copy()).to(device), map(int, keys(seed or 0))
-    sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]
+    moments = torch.empty(len(absmax), nf4_moments.COUNT, dtype=torch.float64, device=device)
 
     def start(config: Config) -> None:
         layout = over_blocks(config, block)
-        programs = -(-len(scales) // layout["ROWS"])
-        sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
-        merge[(programs,)](
-            *inputs, packed, scales, sums[0], table, n, len(codes), a.shape[1], len(a), offset, k1, k2,
-            KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype),
+        merge[(-(-len(scales) // layout["ROWS"]),)](
+            *inputs, packed, scales, moments, table, n, len(codes), a.shape[1], len(a), offset,
+            k1, k2, KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype),
             WHOLE=a.shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
+        configs = merge_configs(block, a.shape[1], seed is not None)
         facts = codes, block, len(a), dtype_name(dtype), keep, seed is not None
-        tuned("nf4_merge", merge_configs(block, a.shape[1]), facts, start)
-    signal, power, noise2 = sums[0].sum(dim=1).tolist()
-    return packed, scales, signal, power, noise2
+        tuned("nf4_merge", configs, facts, start)
+    return packed, scales, moments
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -133,7 +133,7 @@ def launch(
         layout = over_blocks(config, block)
         quantize[(-(-len(scales) // layout["ROWS"]),)](
             flat, scales, codes, table, n, len(codes), offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
-            **layout,
+            **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:

@@ -13,7 +13,7 @@ from lorasurgery.weights import Weights
 
 def dequantize(source: Path, output: Path | None, dtype: str | None, how: RunOptions) -> Report:
     """Write a quantized directory as a plain one; dtype None keeps the dtype the weights had."""
-    model = open_model(source, dtype)
+    model = open_model(source, dtype, how.device)
     if not model.weights.packed:
         raise FormatError(f"{source}: no quantized weight in it. Nothing is to be done.")
     kept = packed_parts(model)

@@ -29,7 +29,7 @@ def merge(
     VerificationError, before the output is complete, where less than the threshold was retained;
     a rehearsal leaves that to `check`.
     """
-    model = open_model(base)
+    model = open_model(base, device=how.device)
     plan = plan_merge(model, open_adapters(adapters, model), options)
     if output is None:
         return rehearse(plan, how)

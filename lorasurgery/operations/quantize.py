@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +85,12 @@ def quantize_edit(source: Checkpoint, codec: Codec, packed: Packed) -> Edit:
     """Encode by tiles, seal the scales, then measure what was written against what was read."""
 
     def apply(step: Step) -> Metrics:
+        placed = replace(packed, device=step.device)
         codes, absmax = [], []
         multiple, row = codec.multiple(packed), packed.info.numel // packed.info.shape[0]
         for start, tile in step.tiles(source, packed.info.name, multiple):
             tile_codes, tile_absmax = codec.encode(
-                tile.reshape(-1), packed, Rule(offset=start * row)
+                tile.reshape(-1), placed, Rule(offset=start * row)
             )
             step.append(packed.codes, tile_codes)
             codes.append(tile_codes)
@@ -111,8 +112,8 @@ def _error(
     error2 = norm2 = largest = 0.0
     for start, tile in step.tiles(source, name, block):
         begin, end = start * row, start * row + tile.size
-        e, w, m = nf4_error.run(
-            tile.reshape(-1), codes[begin // 2 : -(-end // 2)],
+        e, w, m = step.device.run(
+            nf4_error, tile.reshape(-1), codes[begin // 2 : -(-end // 2)],
             absmax[begin // block : -(-end // block)], block,
         )  # fmt: skip
         error2, norm2, largest = error2 + e, norm2 + w, max(largest, m)

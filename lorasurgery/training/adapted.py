@@ -26,7 +26,8 @@ class Adapted(nn.Module):
     """What a linear layer and an embedding have in common: the frozen base, factors, how they are meant.
 
     A base of another kind (NF4) needs `forward`, and `dense()`, its weight [out, in], for variants that
-    read W; `in_features`, `out_features` and `bias` as nn.Linear has them.
+    read W; `in_features`, `out_features` and `bias` as nn.Linear has them. It may have `with_product(x, a, b, s)`,
+    its own output and s (x Aᵀ) Bᵀ at once, rounded to x's dtype.
     """
 
     layout = "linear"
@@ -89,8 +90,13 @@ class AdaptedLinear(Adapted):
             y = self.variant.forward(self.drop(seen), self.dense(), factors, self.config)
             out = y if self.bias is None else y + self.bias
             return out.to(x.dtype)
-        y = self.base(x)
         dropped = self.drop(seen)
+        product = getattr(self.variant, "product", None)
+        whole = getattr(self.base, "with_product", None)
+        if product and whole and dropped is x:
+            in_one: Tensor = whole(x, *product(factors, self.config))
+            return in_one
+        y = self.base(x)
         beside = _Beside(self, y if dropped is seen else None)
         total: Tensor = y + detour(dropped, factors, self.config, beside)
         return total.to(y.dtype)

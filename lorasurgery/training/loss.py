@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lorasurgery.errors import UsageError
 from lorasurgery.training.batches import Batch
+from lorasurgery.training.cross_entropy import summed
 from lorasurgery.training.examples import IGNORED
 
 
@@ -17,7 +17,7 @@ def total(model: nn.Module, batch: Batch) -> Tensor:
     """Float32, in nats; logits are made only where some row has a label."""
     if batch.labels.ndim == 1:
         logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
-        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        return summed(logits, batch.labels)
     asked: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
     known = accepted(model)
     if batch.positions is not None:
@@ -32,9 +32,7 @@ def total(model: nn.Module, batch: Batch) -> Tensor:
         (wanted,) = (labels != IGNORED).any(0).nonzero(as_tuple=True)
         asked["logits_to_keep"], labels = wanted, labels[:, wanted]
     logits = model(**asked).logits
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return summed(logits.flatten(0, 1), labels.flatten())
 
 
 def accepted(model: nn.Module) -> set[str]:

@@ -78,7 +78,8 @@ def _train(
     counts = setup.describe(detours, prepared.groups)
     if options.machine.report_memory:
         counts |= saved.report(prepared.trainer)
-    report = Report("train", (), 0.0, counts)
+    where = str(next(prepared.trainer.parts.model.parameters()).device)
+    report = Report("train", (), 0.0, counts, device=where)
     if output is not None:
         run = _Run(base, inputs, options, prepared, plan, started)
         made = Output(output, (), plan, how.output) if ranks.first else None

@@ -93,7 +93,7 @@ def _merged(step: Step, task: Task, change: Change, sums: Sums, keep: Keep) -> I
             last = stop if part.stop is None else start + part.stop
             w = tile.reshape(-1)[(first - start) * row : (last - start) * row]
             w = w.reshape(-1, change.columns)
-            merged, *numbers = piece.merge(w, dtype, seed, first * row)
+            merged, *numbers = piece.merge(w, dtype, seed, first * row, step.device)
             sums.add(*numbers)
             keep(first, last, merged, piece)
             yield merged

@@ -1,105 +1,78 @@
 """The edits of a merge into a quantized base: encode(W + B A) under a policy, and what it kept.
 
 A change smaller than half a code's cell is lost when rounded to the nearest code: policies differ in
-how they avoid that. The scales are quantized too, so what was kept is measured in a second pass.
+how they avoid that. The scales are quantized too, once all are known: until then what the codes hold
+of the change is kept by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorasurgery.arrays import NUMPY, Array
-from lorasurgery.change import Change, LowRank
-from lorasurgery.codec import Codec, CodecOptions, Packed, Rule
-from lorasurgery.edit import Edit, Metrics, Step
+from lorasurgery.arrays import Array
+from lorasurgery.change import Change
+from lorasurgery.codec import Packed
+from lorasurgery.edit import Edit, Metrics, Step, tile_rows
+from lorasurgery.kernels import nf4_moments
 from lorasurgery.model import Model
-from lorasurgery.operations.merging.edits import Rounding, Source, not_finite
-from lorasurgery.operations.merging.residual import save_residual
+from lorasurgery.operations.merging.edits import not_finite
+from lorasurgery.operations.merging.encoded import Task, blocks, encoded
+from lorasurgery.operations.merging.residual import save_residual, with_residual
 from lorasurgery.operations.merging.retained import Sums
-from lorasurgery.operations.undoing.undo_record import Keep, Kept, keeping
-from lorasurgery.weights import codec_of
+from lorasurgery.operations.undoing.undo_record import keeping
 
 POLICIES = ("rtn", "keep-absmax", "stochastic", "from-original", "residual")
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One packed weight: `values` is where W is read, the base's own view or its original."""
-
-    model: Model
-    name: str
-    values: Source
-    change: Callable[[], Change]
-    policy: str
-    rounding: Rounding
-    rank: int  # of the residual
-    kept: Kept | None = None
-
-    @property
-    def packed(self) -> Packed:
-        return self.model.weights.packed[self.name]
-
-    @property
-    def codec(self) -> Codec:
-        return codec_of(self.packed.codec)
-
-    @property
-    def target(self) -> Packed:
-        """How the merged weight is stored: as the base was; its own scales where they are kept."""
-        if self.policy == "keep-absmax":
-            return self.packed
-        state = self.packed.state
-        options = CodecOptions(int(state["blocksize"]), "nested_blocksize" in state)
-        return self.codec.parts(self.packed.info, options)
+_NONE = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
-    codes: Array
+class _Sealed:
+    codes: Array  # none, if nothing will decode them
     absmax: Array  # as it will be decoded
-    packed: Packed
     table: Array
+    packed: Packed
 
 
 def requantize_edit(task: Task) -> Edit:
-    """Encode by tiles, seal the scales, then measure what the codes hold of the change."""
+    """Encode by tiles, seal the scales, and from these tell what the codes hold of the change."""
     target = task.target
 
     def apply(step: Step) -> Metrics:
         change = task.change()
-        encoded = _encode(step, task, target, change)
-        sums, residual = Sums(), None
-        if task.policy == "residual":
-            residual = save_residual(step, task.name, _lost(step, task, encoded, change), task.rank)
-        with keeping(step, task.kept) as keep:
-            for signal, power, noise2 in _measure(step, task, encoded, (change, residual), keep):
-                sums.add(signal, power, noise2)
+        sealed, sums = _sealed(step, task, target, change)
         if not sums.finite:
             raise not_finite(task.values, task.packed.info)
+        if task.policy == "residual":
+            lost = _lost(step, task, sealed, change)
+            residual = save_residual(step, task.name, lost, task.rank)
+            sums = with_residual(sums, residual, lost, change)
+        _keep(step, task, sealed, change)
+        task.model.weights.release(task.name)
         return {**sums.metrics(), "rank": change.rank}
 
     return Edit(task.name, tuple(target.parts.values()), apply)
 
 
-def _encode(step: Step, task: Task, target: Packed, change: Change) -> _Encoded:
-    codes, absmax = [], []
-    scales = task.model.weights.scales(task.name) if task.policy == "keep-absmax" else None
-    seed = task.rounding.of(task.name) if task.policy == "stochastic" else None
-    for start, tile in step.tiles(task.values.checkpoint, task.values.name, _multiple(task)):
-        [(_, piece)] = change.tiles(start, start + len(tile))
-        wanted, *_ = piece.merge(tile, NUMPY["F32"])
-        begin, end = start * tile.shape[1], (start + len(tile)) * tile.shape[1]
-        kept = None if scales is None else _blocks(scales, begin, end, task.codec, target)
-        rule = Rule(absmax=kept, seed=seed, offset=begin)
-        tile_codes, tile_absmax = task.codec.encode(wanted.reshape(-1), target, rule)
-        step.append(target.codes, tile_codes)
-        codes.append(tile_codes)
-        absmax.append(tile_absmax)
-    decoded, table = _seal(step, task, target, np.concatenate(absmax))
-    return _Encoded(np.concatenate(codes), decoded, target, table)
+def _sealed(step: Step, task: Task, target: Packed, change: Change) -> tuple[_Sealed, Sums]:
+    """Write all parts, the codes as they come; what they hold of the change, by their final scales."""
+    decoding = task.policy == "residual" or _undoing(step, task)
+    codes: list[Array] = []
+    kept: list[tuple[Array, Array]] = []
+    for coded in encoded(step, task, change):
+        step.append(target.codes, coded.codes)
+        codes += [coded.codes] if decoding else []
+        kept.append((coded.absmax, coded.moments))
+    decoded, table = _seal(step, task, target, np.concatenate([absmax for absmax, _ in kept]))
+    sums, at = Sums(), 0
+    for absmax, moments in kept:
+        end = at + len(absmax)
+        sums.add(*nf4_moments.finish(moments, absmax, decoded[at:end]))
+        at = end
+    return _Sealed(np.concatenate([*codes, _NONE]), decoded, table, target), sums
 
 
 def _seal(step: Step, task: Task, target: Packed, absmax: Array) -> tuple[Array, Array]:
@@ -109,51 +82,58 @@ def _seal(step: Step, task: Task, target: Packed, absmax: Array) -> tuple[Array,
         for part, info in target.parts.items():
             if part:
                 step.copy(info.name, stored)
-        return task.model.weights.scales(task.name), task.codec.table(target, stored.read)
+        return task.model.weights.scales(task.name), task.table
     sealed, decoded = task.codec.seal(absmax, target)
     for part, data in sealed.items():
         step.append(target.info.name + part, data)
     return decoded, task.codec.table(target, lambda name: sealed[name[len(target.info.name) :]])
 
 
-def _decoded(step: Step, task: Task, encoded: _Encoded) -> Iterator[tuple[int, Array, Array]]:
-    """(first row, base view, what the new codes stand for) by tiles, float32."""
-    packed = replace(encoded.packed, info=replace(encoded.packed.info, dtype="F32"))
-    for start, tile in step.tiles(task.model.weights, task.name, _multiple(task)):
-        begin, end = start * tile.shape[1], (start + len(tile)) * tile.shape[1]
-        flat = task.codec.decode(
-            encoded.codes[begin // 2 : -(-end // 2)],
-            _blocks(encoded.absmax, begin, end, task.codec, packed),
-            encoded.table, end - begin, packed,
-        )  # fmt: skip
-        yield start, tile.astype(np.float32), flat.reshape(tile.shape)
-
-
-def _lost(step: Step, task: Task, encoded: _Encoded, change: Change) -> Array:
-    """W + B A less what the codes stand for, the whole weight in float32."""
+def _lost(step: Step, task: Task, sealed: _Sealed, change: Change) -> Array:
+    """W + B A less what the codes stand for, the whole weight in float32, rounded once."""
     parts = []
-    for start, base, got in _decoded(step, task, encoded):
-        [(_, piece)] = change.tiles(start, start + len(base))
-        wanted, *_ = piece.merge(base, NUMPY["F32"])
-        parts.append(wanted - got)
+    # with scales of 1, what is decoded is the levels themselves
+    levels = replace(sealed, absmax=np.ones_like(sealed.absmax))
+    wide = task.codec.as_dtype(sealed.packed, "F32")
+    for start, tile in step.tiles(task.values.checkpoint, task.values.name, task.block):
+        [(_, piece)] = change.tiles(start, start + len(tile))
+        lost = piece.rows() + tile.astype(np.float64).reshape(len(tile), -1)
+        begin, end = start * lost.shape[1], start * lost.shape[1] + lost.size
+        scales = blocks(sealed.absmax, begin, end, task.block).astype(np.float64)
+        level = _decoded(task, levels, wide, (start, start + len(tile), lost.shape[1]))
+        lost -= level * scales.repeat(task.block)[: lost.size].reshape(lost.shape)
+        parts.append(lost.astype(np.float32))
     return np.concatenate(parts)
 
 
-def _measure(
-    step: Step, task: Task, encoded: _Encoded, changes: tuple[Change, LowRank | None], keep: Keep
-) -> Iterator[tuple[float, float, float]]:
-    change, residual = changes
-    dtype = np.dtype(task.model.weights.read(task.name, 0, 1).dtype)
-    for start, base, got in _decoded(step, task, encoded):
-        [(_, piece)] = change.tiles(start, start + len(base))
-        keep(start, start + len(base), got.astype(dtype), piece)
-        if residual:
-            [(_, beside)] = residual.tiles(start, start + len(base))
-            base = base - beside.rows()  # noqa: PLW2901 - the residual counts as made
-        delta = piece.rows().reshape(-1)
-        made = (got - base).reshape(-1)
-        noise = made - delta
-        yield float(np.dot(made, delta)), float(np.dot(delta, delta)), float(np.dot(noise, noise))
+def _undoing(step: Step, task: Task) -> bool:
+    """Whether an undo file will hold how the base's codes differ from what the new ones predict."""
+    return bool(step.scratch and task.kept and task.kept.differences)
+
+
+def _keep(step: Step, task: Task, sealed: _Sealed, change: Change) -> None:
+    """What the undo file needs; it reads weights as they will be read."""
+    info = task.model.weights.info(task.name)
+    rows, columns = info.shape[0], info.numel // info.shape[0]
+    at_once = tile_rows(info, task.block, step.tile_bytes)
+    with keeping(step, task.kept) as keep:
+        for start in range(0, rows if _undoing(step, task) else 0, at_once):
+            stop = min(start + at_once, rows)
+            [(_, piece)] = change.tiles(start, stop)
+            got = _decoded(task, sealed, sealed.packed, (start, stop, columns))
+            keep(start, stop, got, piece)
+
+
+def _decoded(task: Task, sealed: _Sealed, packed: Packed, where: tuple[int, int, int]) -> Array:
+    """What the new codes of rows start:stop stand for."""
+    start, stop, columns = where
+    begin, end = start * columns, stop * columns
+    codes, absmax = (
+        sealed.codes[begin // 2 : -(-end // 2)],
+        blocks(sealed.absmax, begin, end, task.block),
+    )
+    flat = task.codec.decode(codes, absmax, sealed.table, end - begin, packed)
+    return flat.reshape(stop - start, columns)
 
 
 def copy_packed(model: Model, name: str) -> Edit:
@@ -166,12 +146,3 @@ def copy_packed(model: Model, name: str) -> Edit:
         return {}
 
     return Edit(name, parts, apply)
-
-
-def _multiple(task: Task) -> int:
-    return task.codec.multiple(task.packed)
-
-
-def _blocks(absmax: Array, begin: int, end: int, codec: Codec, packed: Packed) -> Array:
-    block = codec.multiple(packed)
-    return absmax[begin // block : -(-end // block)]

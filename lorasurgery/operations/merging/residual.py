@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorasurgery.arrays import Array
-from lorasurgery.change import LowRank
+from lorasurgery.change import Change, LowRank
 from lorasurgery.checkpoint import SCRATCH
 from lorasurgery.formats import safetensors
 from lorasurgery.operations.algebra.svd import of_matrix
+from lorasurgery.operations.merging.retained import Sums
 from lorasurgery.operations.undoing.undo_record import file_name
 from lorasurgery.tensors import TensorInfo
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FOLDER = "residual_adapter"
 _SCRATCH = "residual"
+_ROWS = 64  # that are multiplied out at a time
 
 
 def save_residual(step: Step, name: str, lost: Array, rank: int) -> LowRank:
@@ -40,6 +42,21 @@ def save_residual(step: Step, name: str, lost: Array, rank: int) -> LowRank:
 def factors(lost: Array, rank: int) -> tuple[Array, Array]:
     """A [rank, columns] and B [rows, rank] with B A nearest to `lost`; float32, always the same."""
     return of_matrix(lost, rank).factors(min(rank, *lost.shape))
+
+
+def with_residual(sums: Sums, residual: LowRank, lost: Array, change: Change) -> Sums:
+    """What weights and residual R hold together: of <made, D> there is <R, D> more, and L - R is lost, not L."""
+    a, b = (factor[0].astype(np.float64) for factor in (residual.a, residual.b))
+    of_change = of_lost = 0.0
+    for start in range(0, len(lost), _ROWS):
+        here = slice(start, start + _ROWS)
+        [(_, piece)] = change.tiles(start, min(start + _ROWS, len(lost)))
+        made = b[here] @ a
+        of_change += float(np.vdot(made, piece.rows()))
+        of_lost += float(np.vdot(made, lost[here]))
+    power = float(((b.T @ b) * (a @ a.T)).sum())
+    noise2 = max(0.0, sums.noise2 - 2 * of_lost + power)
+    return Sums(sums.signal + of_change, sums.power, noise2)
 
 
 def write_adapter(partial: Path, names: Iterable[str], rank: int, task: str | None) -> None:

@@ -14,7 +14,7 @@ from lorasurgery.edit import Edit, copy_edit
 from lorasurgery.errors import FormatError, ShapeError, UsageError
 from lorasurgery.layouts import EMBEDDINGS, HEADS
 from lorasurgery.model import Model, open_model
-from lorasurgery.operations.merging import requantize
+from lorasurgery.operations.merging import encoded, requantize
 from lorasurgery.operations.merging.edits import Source, Task, merge_edit, whole_edit
 from lorasurgery.operations.merging.options import MergeOptions
 from lorasurgery.operations.undoing.undo_record import Kept
@@ -99,7 +99,7 @@ class Work:
         if whole is None and self.options.policy == "from-original" and self.original:
             values = Source(self.original.weights, name)
         return requantize.requantize_edit(
-            requantize.Task(
+            encoded.Task(
                 self.model, name, values, change or (lambda: LowRank.nothing(info)),
                 self.options.policy or "", self.options.rounding, self.options.rank,
                 self._kept(name),

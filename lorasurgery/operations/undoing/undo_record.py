@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,7 @@ import zstandard
 from lorasurgery.arrays import NUMPY, Array, as_bytes
 from lorasurgery.change import Piece
 from lorasurgery.codec import Packed, Rule
+from lorasurgery.device import HOST
 from lorasurgery.model import Model
 from lorasurgery.weights import codec_of
 
@@ -36,9 +37,12 @@ CHUNK = 1 << 16
 
 
 def predict_codes(merged: Array, piece: Piece, packed: Packed, absmax: Array) -> Array:
-    """A quantized base's codes uint8 as they must have been, its scales being known."""
-    before = piece.before(merged, NUMPY["F32"])
-    codes, _ = codec_of(packed.codec).encode(before.reshape(-1), packed, Rule(absmax=absmax))
+    """A quantized base's codes uint8 as they must have been, its scales being known.
+
+    On the processor, as is all that predicts: there they will be restored.
+    """
+    before, here = piece.before(merged, NUMPY["F32"]), replace(packed, device=HOST)
+    codes, _ = codec_of(packed.codec).encode(before.reshape(-1), here, Rule(absmax=absmax))
     return codes
 
 

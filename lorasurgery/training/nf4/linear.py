@@ -5,12 +5,13 @@ Dettmers et al. 2023 (QLoRA), arXiv 2305.14314, §3, eq. 5. What backward keeps 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorasurgery.kernels import double_dequantize, nf4_dequantize, nf4_linear
+from lorasurgery.kernels import double_dequantize, lora_linear, nf4_dequantize, nf4_linear
 from lorasurgery.kernels._packed import Packed
 
 
@@ -65,14 +66,21 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype, or in autocast's."""
+        return self._by(nf4_linear.run, x)
+
+    def with_product(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """The same, and s · (x Aᵀ) Bᵀ, of A [r, in] and B [out, r]."""
+        return self._by(lora_linear.run, x, a, b, scale)
+
+    def _by(self, kernel: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         own = cast("Tensor | None", self.bias)
         bias = None if own is None else own.to(x.dtype)
-        y: Tensor = nf4_linear.run(
+        y = kernel(
             x.reshape(-1, self.in_features), self.weight, self.absmax, self.block,
-            self.out_features, self.table, cast(Any, bias), cast(Any, self.nested), cast(Any, self.offset),
+            self.out_features, self.table, *more, bias, self.nested, self.offset,
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], self.out_features)
 
