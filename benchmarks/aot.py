@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from benchmarks.widths import narrowest
 from lorasurgery.kernels._tuning import every
 
 
@@ -76,8 +77,9 @@ class Code:
     shared: int
     warps: int
     matrix: str  # the instruction of the matrix units, or ''; tf32 and xf32 cut float32 to 10 bits
-    wide: int  # bits of the widest load from memory, in the machine code
-    packed: int  # bits of the narrowest load of codes that a thread makes, 0 without codes
+    packed: int  # bits of codes that the layout of their loads gives a thread, 0 without codes
+    wide: int  # bits of the narrowest load of codes, or of what becomes codes, in the machine code
+    stored: int  # bits of the narrowest store of codes in it
     occupancy: float  # threads that a multiprocessor holds, over those that it could hold
 
 
@@ -124,19 +126,19 @@ def recorded(launch: Callable[[], object], chip: Chip, *, all_configs: bool) -> 
 def key(call: Call, chip: Chip) -> str:
     """What the code depends on: sources, constants, kinds and alignments of arguments, chip, compiler."""
     facts = (
-        triton.__version__, chip.target, sorted(_sources(call.kernel)), call.constants,
+        triton.__version__, chip.target, sorted(_functions(call.kernel)), call.constants,
         [_kind(argument) for argument in call.args],
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _sources(kernel: Any) -> set[str]:
-    """Of the function, and of all those that it calls."""
-    found, left = set(), [kernel]
+def _functions(kernel: Any) -> dict[str, Any]:
+    """The function, and all those that it calls, by their sources."""
+    found, left = dict[str, Any](), [kernel]
     while left:
         function = left.pop()
         if function.src not in found:
-            found.add(function.src)
+            found[function.src] = function
             # names of attributes are among these; `tl.dot` costs no more than a look at `dot`
             named = map(function.fn.__globals__.get, function.fn.__code__.co_names)
             left += [other for other in named if isinstance(other, triton.JITFunction)]
@@ -155,40 +157,47 @@ def compiled(call: Call, chip: Chip) -> Code:
     """The call's kernel for this chip; nothing is run."""
     driver.set_active(_Absent(CHIPS.index(chip)))
     done = call.kernel.run(*call.args, grid=call.grid, warmup=True, **call.options)
-    shared, warps = done.metadata.shared, done.metadata.num_warps
-    packed = _packed(done.asm["ttgir"])
+    functions = _functions(call.kernel).values()
     if chip.target.backend == "hip":
-        return _amd(done.asm["amdgcn"], shared, warps, chip, packed)
+        read, text = _amd, done.asm["amdgcn"]
+    else:
+        read, text = _nvidia, _disassembled(done.asm["cubin"], done.metadata.name)
+    registers, spills, matrix = read(text)
+    # the units of matrices may be asked to cut float32
+    cut = re.search(r"mma\S*(tf32)|v_mfma_\w*(xf32)", done.asm.get("ptx", text))
+    unit = f"{_most(matrix)} {(cut[1] or cut[2]) if cut else ''}".strip()
+    shared, warps = done.metadata.shared, done.metadata.num_warps
+    return Code(
+        registers, spills, shared, warps, unit, _packed(done.asm["ttgir"]), *narrowest(functions, text),
+        _occupancy(registers, shared, warps, chip),
+    )  # fmt: skip
+
+
+def _disassembled(cubin: bytes, name: str) -> str:
+    """A kernel's use of registers, and its instructions with the lines that they come from."""
     with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(done.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    usage = usage[usage.index(done.metadata.name) :]
-    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+        return usage[usage.index(name) :] + _tool("nvdisasm", "-c", "-g", file.name)
+
+
+def _nvidia(text: str) -> tuple[int, int, list[str]]:
+    """Registers, spills, and instructions for matrices."""
+    registers = int(re.findall(r"REG:(\d+)", text)[0])
     # the stack also serves calls, as of a division: what is spilled is stored to local memory
-    spills = len(re.findall(r"\bSTL\b", code))
+    spills = len(re.findall(r"\bSTL\b", text))
     # UTC*MMA is tcgen05's, HGMMA Hopper's wgmma, HMMA the one of a warp
-    matrix = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
-    cut = "tf32" * bool(re.search(r"mma\S*tf32", done.asm["ptx"]))
-    loads = [32, *map(int, re.findall(r"\b(?:LDG|LDGSTS)\.E\S*?\.(64|128)\b", code))]
-    share = _occupancy(registers, shared, warps, chip)
-    unit = f"{_most(matrix)} {cut}".strip()
-    return Code(registers, spills, shared, warps, unit, max(loads), packed, share)
+    return registers, spills, re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", text)
 
 
-def _amd(text: str, shared: int, warps: int, chip: Chip, packed: int) -> Code:
+def _amd(text: str) -> tuple[int, int, list[str]]:
+    """The same."""
+
     def value(key: str) -> int:
         return max(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
 
-    loads = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
-    matrix = re.findall(r"\bv_(mfma)_", text)
-    cut = "xf32" * bool(re.search(r"\bv_mfma_\w*xf32", text))
-    spills = value("vgpr_spill_count")
-    registers = value("vgpr_count")
-    share = _occupancy(registers, shared, warps, chip)
-    unit = f"{_most(matrix)} {cut}".strip()
-    return Code(registers, spills, shared, warps, unit, max([32, *loads]), packed, share)
+    return value("vgpr_count"), value("vgpr_spill_count"), re.findall(r"\bv_(mfma)_", text)
 
 
 def _occupancy(registers: int, shared: int, warps: int, chip: Chip) -> float:

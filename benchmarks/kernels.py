@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -302,10 +302,11 @@ def main() -> None:
 
 
 def read(file: Path) -> dict[str, Code]:
-    """What compilers made of calls, by their keys."""
+    """What compilers made of calls, by their keys; but for what was kept when other facts were read."""
     if not file.exists():
         return {}
-    return {at: Code(**code) for at, code in json.loads(file.read_text()).items()}
+    known, names = json.loads(file.read_text()), {field.name for field in fields(Code)}
+    return {at: Code(**code) for at, code in known.items() if code.keys() == names}
 
 
 def write(file: Path, known: dict[str, Code]) -> None:

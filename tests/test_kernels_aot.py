@@ -7,11 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import triton.language as tl
 
 from benchmarks.aot import CHIPS
+from benchmarks.widths import narrowest
 from lorasurgery import plugins
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +23,17 @@ ROOT = Path(__file__).parents[1]
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
 FIRST = {"forward": "BN", "backward": "BM", "shrink_tiles": "BM", "expand_tiles": "BM"}
 UNPACK = {"matvec", "forward", "backward", "dequantize"}
-FIELDS = {"registers", "spills", "shared", "warps", "matrix", "wide", "packed", "occupancy"}
+FIELDS = {
+    "registers",
+    "spills",
+    "shared",
+    "warps",
+    "matrix",
+    "packed",
+    "wide",
+    "stored",
+    "occupancy",
+}
 
 
 def without_interpreter(*command):
@@ -85,7 +99,7 @@ def test_codes_are_loaded_by_128_bits(rows):
         where = f"{row['chip']} {row['label']} {row['kernel']} {row['constants']}: {code}"
         if constant(row, "ODD") == "True":
             # found weight by weight
-            assert code["packed"] == 8, where
+            assert code["packed"] == code["wide"] == 8, where
             continue
         if int(constant(row, "BLOCK")) < 32:
             # smaller than any file's, and in small programs
@@ -120,14 +134,72 @@ def test_compiling_a_sample_again_gives_what_is_kept():
         assert fresh == kept
 
 
-def test_a_layer_s_codes_are_loaded_by_128_bits_in_the_machine_code_too(rows):
-    """A layout allows it, and a mask may forbid it."""
-    layers = [r for r in rows if r["label"] == "nf4_dequantize"]
-    for row in layers:
-        where = f"{row['chip']} {row['constants']}: {row['code']}"
-        assert row["code"]["wide"] == 128, where
-    # each chip in each of three configurations
-    assert len(layers) == len(CHIPS) * 3
+# of a layer in NF4, or on its way into it: whether codes are loaded (dense weights are, if not), and stored
+LAYERS = {
+    "nf4_dequantize": (True, False),
+    "nf4_quantize": (False, True),
+    "nf4_error": (True, False),
+    "nf4_merge": (True, True),
+    "nf4_decode_merge": (True, False),
+    "nf4_encode_merge": (False, True),
+}
+
+
+def test_a_layer_s_codes_and_weights_move_by_128_bits_in_the_machine_code_too(rows):
+    """A layout allows it, and a mask may forbid it. 16 weights a thread have codes of 64 bits: the last of three."""
+    seen = Counter()
+    for row in (r for r in rows if r["label"] in LAYERS):
+        code, (loaded, stored) = row["code"], LAYERS[row["label"]]
+        where = f"{row['chip']} {row['label']} {row['constants']}: {code}"
+        weights = constant(row, "SIZE") or int(constant(row, "BLOCK")) * int(constant(row, "ROWS"))
+        threads = code["warps"] * (64 if row["chip"] == "gfx942" else 32)
+        bits = 4 * int(weights) // threads
+        assert code["wide"] == (bits if loaded else 128), where
+        assert code["stored"] == (bits if stored else 0), where
+        seen[row["chip"], row["label"], bits] += 1
+    expected = Counter()
+    for chip in CHIPS:
+        for label in LAYERS:
+            narrow = label != "nf4_dequantize"
+            expected[chip.name, label, 128] += 3 - narrow
+            expected[chip.name, label, 64] += narrow
+    assert seen == expected
+
+
+def copied(source, codes):
+    """Two lines that are looked for, and one that is not."""
+    packed = tl.load(source)
+    scale = tl.load(source + 1)
+    tl.store(codes, (packed * scale).to(tl.uint8))
+
+
+NVIDIA = """
+	//## File "/somewhere/else/test_kernels_aot.py", line {0}
+        /*0070*/                   @!P0 LDG.E.128 R4, [R2.64] ;
+        /*0080*/                   LDG.E.64.CONSTANT R4, desc[UR16][R2.64] ;
+	//## File "/somewhere/else/test_kernels_aot.py", line {1}
+        /*0090*/                   LDG.E.U8 R4, [R2.64] ;
+	//## File "/somewhere/else/test_kernels_aot.py", line {2}
+        /*00a0*/                   STG.E [R2.64], R4 ;
+        /*00b0*/                   STG.E.128 [R2.64], R4 ;
+"""
+AMD = """
+	.loc	3 {0} 21                         ; test_kernels_aot.py:{0}:21 @[ other.py:29:33 ]
+	buffer_load_dwordx2 v[6:9], v2, s[4:7], 0 offen
+	global_load_dwordx4 v[6:9], v2, s[4:5]
+	.loc	3 {1} 13                         ; test_kernels_aot.py:{1}:13
+	buffer_load_ubyte v[6:9], v2, s[4:7], 0 offen
+	.loc	3 {2} 5                          ; test_kernels_aot.py:{2}:5
+	buffer_store_dwordx4 v[6:9], v2, s[4:7], 0 offen
+	buffer_store_dword v2, v2, s[4:7], 0 offen
+"""
+
+
+@pytest.mark.parametrize("code", [NVIDIA, AMD], ids=["nvidia", "amd"])
+def test_the_narrowest_load_and_store_of_codes_are_found_in_machine_code(code):
+    first = copied.__code__.co_firstlineno
+    text = code.format(first + 2, first + 3, first + 4)
+    assert narrowest([SimpleNamespace(fn=copied)], text) == (64, 32)
 
 
 ROUNDED = """
@@ -140,9 +212,9 @@ import json, re
 chip = next(chip for chip in CHIPS if chip.name == "sm_90")
 for name, more in {names}.items():
     launch = plugins.load("kernels", name).launch
-    args = signature(launch).bind(*layer(name)).arguments
-    for call in (partial(launch, **args), partial(launch, **{{**args, **more}})):
-        for one in recorded(call, chip, all_configs=False):
+    given = signature(launch).bind(*layer(name)).arguments
+    for extra in ({{}}, more):
+        for one in recorded(partial(launch, **given | extra), chip, all_configs=False):
             text = one.kernel.run(*one.args, grid=one.grid, warmup=True, **one.options).asm["ptx"]
             found = sorted(set(re.findall(r"\\b(?:add|sub|mul|fma|div|rcp|sqrt|cvt)\\.[a-z0-9.]*f(?:16|32|64)\\b", text)))
             print(json.dumps([one.name, found, "ftz" in text, "approx" in text]))

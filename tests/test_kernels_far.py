@@ -67,8 +67,8 @@ def test_nf4_is_found_beyond_two_billion(monkeypatch):
     assert out[-4:].tolist() == [2, -2, -2, 2]
     again, scales = far(n // 2, torch.uint8), far(n // 64, torch.float32)
     last_program(
-        monkeypatch, _nf4_triton.quantize, (n // 2048,), out, scales, again, TABLE.to(DEVICE), n, 0,
-        0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
+        monkeypatch, _nf4_triton.quantize, (n // 2048,), out, scales, again, TABLE.to(DEVICE), n,
+        n // 2, 0, 0, 0, KEEP=False, CHANCE=False, BLOCK=64, ROWS=32,
     )  # fmt: skip
     assert (again[-2:].tolist(), scales[-1].item()) == ([0xF0, 0x0F], 2)
     sums = torch.zeros(2, n // 2048, dtype=torch.float64, device=DEVICE)
@@ -76,7 +76,7 @@ def test_nf4_is_found_beyond_two_billion(monkeypatch):
     out[-1] = 1.5
     last_program(
         monkeypatch, _nf4_triton.error, (n // 2048,), out, again, scales, TABLE.to(DEVICE), sums,
-        largest, n, BLOCK=64, ROWS=32,
+        largest, n, n // 2, BLOCK=64, ROWS=32,
     )  # fmt: skip
     # 2 stands where 1.5 was; the other 63 weights of the last block are 2 and -2 as they were
     assert (sums[:, -1].tolist(), largest[-1].item()) == ([0.25, 63 * 4 + 2.25], 0.5)
@@ -93,8 +93,8 @@ def test_merged_nf4_is_found_beyond_two_billion(monkeypatch):
     moments = far(n // 64 * 6, torch.float64)
     last_program(
         monkeypatch, _merge_nf4_triton.merge, (programs,), codes, absmax, a, b, packed, scales,
-        moments, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
-        DTYPE="float32", BLOCK=64, ROWS=16,
+        moments, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, KEEP=False, CHANCE=False,
+        DTYPE="float32", WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
     assert (packed[-1].item(), scales[-1].item()) == (0xF0, 1)
@@ -113,8 +113,8 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     partial = torch.zeros(3, programs, dtype=torch.float64, device=DEVICE)
     last_program(
         monkeypatch, _merge_mixed_triton.decode_merge, (programs,), codes, absmax, a, b, dense,
-        partial, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, DTYPE="float32", KIND="float16",
-        CHANCE=False, BLOCK=64, ROWS=16,
+        partial, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, DTYPE="float32", KIND="float16",
+        CHANCE=False, WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # levels 1 and 0, and -1 added to the last
     assert dense[-2:].tolist() == [1, -1]
@@ -123,8 +123,8 @@ def test_merges_out_of_nf4_and_into_it_are_found_beyond_two_billion(monkeypatch)
     moments = far(n // 64 * 6, torch.float64)
     last_program(
         monkeypatch, _merge_mixed_triton.encode_merge, (programs,), dense, dense, scales, a, -b,
-        packed, scales, moments, TABLE.to(DEVICE), n, columns, 1, 0, 0, 0, BFLOAT=False, SEEN=True,
-        SEEN_BFLOAT=False, KEEP=False, CHANCE=False, BLOCK=64, ROWS=16,
+        packed, scales, moments, TABLE.to(DEVICE), n, n // 2, columns, 1, 0, 0, 0, BFLOAT=False,
+        SEEN=True, SEEN_BFLOAT=False, KEEP=False, CHANCE=False, WHOLE=True, BLOCK=64, ROWS=16,
     )  # fmt: skip
     # and 1 added to the last again
     assert (packed[-1].item(), scales[-1].item()) == (0xF7, 1)

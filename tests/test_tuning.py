@@ -193,3 +193,9 @@ def test_warps_of_64_threads_are_half_as_many(threads, warps, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     assert [c["num_warps"] for c in of_32_threads(configs)] == warps
     assert [c["SIZE"] for c in of_32_threads(configs)] == [5, 6]
+
+
+def test_a_block_larger_than_a_program_brings_as_many_more_warps():
+    config = Config(WEIGHTS=1024, num_warps=4)
+    assert _tuning.over_blocks(config, 64) == {"BLOCK": 64, "ROWS": 16, "num_warps": 4}
+    assert _tuning.over_blocks(config, 4096) == {"BLOCK": 4096, "ROWS": 1, "num_warps": 16}

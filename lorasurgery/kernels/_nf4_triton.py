@@ -11,13 +11,12 @@ import triton.language as tl
 
 from lorasurgery.kernels._tuning import Config
 
-# WEIGHTS of a program, or a block's if that has more
+# 32 weights a thread are the 128 bits that a load or a store of codes may have; 16 leave room for more threads
 QUANTIZE = (
+    Config(WEIGHTS=4096, num_warps=4),
+    Config(WEIGHTS=2048, num_warps=2),
     Config(WEIGHTS=2048, num_warps=4),
-    Config(WEIGHTS=1024, num_warps=4),
-    Config(WEIGHTS=4096, num_warps=8),
 )
-# 32 weights a thread are the 128 bits that a load of codes may have
 DEQUANTIZE = (
     Config(SIZE=4096, num_warps=4),
     Config(SIZE=8192, num_warps=8),
@@ -72,35 +71,52 @@ def largest_of(x0, x1, whole):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def normalized(x, scale, whole):  # type: ignore[no-untyped-def]
-    """By the reciprocal in whole blocks, a division in a short last one."""
+def normalized(x0, x1, scale, whole, full):  # type: ignore[no-untyped-def]
+    """By the reciprocal in whole blocks, a division in a short last one; `full` where all are whole."""
     scale = tl.where(tl.abs(scale) < 1e-38, 1e-38, scale)[:, None]
     inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    return tl.where(whole[:, None], x * inverse, tl.div_rn(x, scale + tl.zeros_like(x)))
+    y0, y1 = x0 * inverse, x1 * inverse
+    if not full:
+        y0 = tl.where(whole[:, None], y0, tl.div_rn(x0, scale + tl.zeros_like(x0)))
+        y1 = tl.where(whole[:, None], y1, tl.div_rn(x1, scale + tl.zeros_like(x1)))
+    return y0, y1
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def span(n, half, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's first weight and its ROWS blocks; from there on their begins, their bytes, how many weights and bytes.
+
+    All but the first two are of 32 bits. A mask that counts what lies side by side, up to what an argument
+    says, is one that wide loads and stores may have.
+    """
+    start = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    each = tl.arange(0, ROWS)
+    byte = each[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
+    rest = tl.minimum(n - start, ROWS * BLOCK).to(tl.int32)
+    stored = tl.minimum(half - start // 2, ROWS * BLOCK // 2).to(tl.int32)
+    return start, start // BLOCK + each, each * BLOCK, byte, rest, stored
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def quantize(  # type: ignore[no-untyped-def]
-    flat, absmax, codes, table, n, first, k1, k2,
+    flat, absmax, codes, table, n, half, first, k1, k2,
     KEEP: tl.constexpr, CHANCE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks a program; even and odd weights apart, since two make a byte."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    even = row[:, None] * BLOCK + 2 * tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
-    x0 = tl.load(flat + even, mask=even < n, other=0.0).to(tl.float32)
-    x1 = tl.load(flat + even + 1, mask=even + 1 < n, other=0.0).to(tl.float32)
-    starts = row * BLOCK < n
-    whole = row * BLOCK + BLOCK <= n
+    """ROWS blocks a program; even and odd weights apart, since two make one of `half` bytes."""
+    start, row, begin, byte, rest, stored = span(n, half, BLOCK, ROWS)
+    index, even = begin[:, None] + tl.arange(0, BLOCK)[None, :], 2 * byte
+    wide = tl.load(flat + start + index, mask=index < rest, other=0.0).to(tl.float32)
+    x0, x1 = tl.split(tl.reshape(wide, (ROWS, BLOCK // 2, 2)))
+    starts, whole = begin < rest, begin + BLOCK <= rest
     if KEEP:
         scale = tl.load(absmax + row, mask=starts, other=1.0)
     else:
         scale = largest_of(x0, x1, whole)
         tl.store(absmax + row, scale, mask=starts)
-    x0, x1 = normalized(x0, scale, whole), normalized(x1, scale, whole)
-    c0 = code_of(x0, table, k1, k2, first + even, CHANCE)
-    c1 = code_of(x1, table, k1, k2, first + even + 1, CHANCE)
-    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(codes + byte, (c0 * 16 + c1).to(tl.uint8), mask=even < n)
+    x0, x1 = normalized(x0, x1, scale, whole, rest == ROWS * BLOCK)
+    c0 = code_of(x0, table, k1, k2, first + start + even, CHANCE)
+    c1 = code_of(x1, table, k1, k2, first + start + even + 1, CHANCE)
+    tl.store(codes + start // 2 + byte, (c0 * 16 + c1).to(tl.uint8), mask=byte < stored)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -135,16 +151,16 @@ def _total(x0, x1):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def error(  # type: ignore[no-untyped-def]
-    flat, codes, absmax, table, sums, largest, n, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    flat, codes, absmax, table, sums, largest, n, half, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """ROWS blocks a program, and of them Σ e², Σ w² and max |e|, where e is what a code stands for less w."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    byte = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]  # [ROWS, BLOCK / 2]
-    mask0, mask1 = 2 * byte < n, 2 * byte + 1 < n
-    packed = tl.load(codes + byte, mask=mask0, other=0).to(tl.int32)
-    scale = tl.load(absmax + row, mask=row * BLOCK < n, other=0.0)[:, None]
-    w0 = tl.load(flat + 2 * byte, mask=mask0, other=0.0).to(tl.float32)
-    w1 = tl.load(flat + 2 * byte + 1, mask=mask1, other=0.0).to(tl.float32)
+    start, row, begin, byte, rest, stored = span(n, half, BLOCK, ROWS)
+    index = begin[:, None] + tl.arange(0, BLOCK)[None, :]
+    mask0, mask1 = 2 * byte < rest, 2 * byte + 1 < rest
+    packed = tl.load(codes + start // 2 + byte, mask=byte < stored, other=0).to(tl.int32)
+    scale = tl.load(absmax + row, mask=begin < rest, other=0.0)[:, None]
+    wide = tl.load(flat + start + index, mask=index < rest, other=0.0).to(tl.float32)
+    w0, w1 = tl.split(tl.reshape(wide, (ROWS, BLOCK // 2, 2)))
     e0 = tl.where(mask0, tl.load(table + (packed >> 4)) * scale - w0, 0.0)
     e1 = tl.where(mask1, tl.load(table + (packed & 15)) * scale - w1, 0.0)
     at = sums + tl.program_id(0)

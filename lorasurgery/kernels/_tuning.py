@@ -87,6 +87,13 @@ def of_32_threads(configs: Sequence[Config]) -> tuple[Config, ...]:
     return tuple(Config({**config, "num_warps": config["num_warps"] // 2}) for config in configs)
 
 
+def over_blocks(config: Config, block: int) -> dict[str, int]:
+    """WEIGHTS of a program as ROWS blocks of a matrix; one that has more weights brings as many more warps."""
+    weights = config["WEIGHTS"]
+    warps = config["num_warps"] * max(1, block // weights)
+    return {"BLOCK": block, "ROWS": max(1, weights // block), "num_warps": warps}
+
+
 def _chosen(name: str, configs: Sequence[Config], data: Sequence[Any], launch: Launch) -> Config:
     import torch
     import triton

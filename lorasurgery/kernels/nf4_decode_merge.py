@@ -108,8 +108,9 @@ def launch(
     """The same in Triton, some blocks a program; its sums meet in float64."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import MERGE, decode_merge
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._merge_mixed_triton import decode_merge
+    from lorasurgery.kernels._merge_nf4_triton import merge_configs
+    from lorasurgery.kernels._tuning import Config, over_blocks, tuned
 
     shape, device = (b.shape[0], a.shape[1]), codes.device
     out = torch.empty(shape, dtype=dtype, device=device)
@@ -120,18 +121,19 @@ def launch(
     sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        programs = -(-len(absmax) // rows)
+        layout = over_blocks(config, block)
+        programs = -(-len(absmax) // layout["ROWS"])
         sums[0] = torch.empty(3, programs, dtype=torch.float64, device=device)
         decode_merge[(programs,)](
-            *inputs, as_bits, sums[0], table, out.numel(), shape[1], len(a), offset, k1, k2,
+            *inputs, as_bits, sums[0], table, out.numel(), len(codes), shape[1], len(a), offset, k1, k2,
             DTYPE=dtype_name(decoded), KIND=dtype_name(dtype), CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
+            WHOLE=shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if out.numel():
+        configs = merge_configs(block, shape[1], seed is not None)
         facts = codes, block, len(a), dtype_name(decoded), dtype_name(dtype), seed is not None
-        tuned("nf4_decode_merge", MERGE, facts, start)
+        tuned("nf4_decode_merge", configs, facts, start)
     signal, power, noise2 = sums[0].sum(dim=1).tolist()
     return out, signal, power, noise2
 

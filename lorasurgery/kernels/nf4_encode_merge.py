@@ -108,8 +108,9 @@ def launch(
     """The same in Triton, some blocks a program."""
     import torch
 
-    from lorasurgery.kernels._merge_mixed_triton import MERGE, encode_merge
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._merge_mixed_triton import encode_merge
+    from lorasurgery.kernels._merge_nf4_triton import merge_configs
+    from lorasurgery.kernels._tuning import Config, over_blocks, tuned
 
     n, device, keep = w.numel(), w.device, absmax is not None
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
@@ -121,17 +122,19 @@ def launch(
     table, (k1, k2) = torch.from_numpy(NF4.copy()).to(device), map(int, keys(seed or 0))
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        encode_merge[(-(-len(scales) // rows),)](
-            dense, seen, given, a, b, codes, scales, moments, table, n, w.shape[1], len(a), offset,
-            k1, k2, BFLOAT=dense.dtype == torch.int16, SEEN=base is not None,
-            SEEN_BFLOAT=seen.dtype == torch.int16, KEEP=keep, CHANCE=seed is not None, BLOCK=block,
-            ROWS=rows, num_warps=max(config["num_warps"], block // 512), enable_fp_fusion=False,
+        layout = over_blocks(config, block)
+        encode_merge[(-(-len(scales) // layout["ROWS"]),)](
+            dense, seen, given, a, b, codes, scales, moments, table, n, len(codes), w.shape[1],
+            len(a), offset, k1, k2, BFLOAT=dense.dtype == torch.int16, SEEN=base is not None,
+            SEEN_BFLOAT=seen.dtype == torch.int16, KEEP=keep, CHANCE=seed is not None,
+            WHOLE=w.shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
+        crowded = seed is not None or torch.float32 in (dense.dtype, seen.dtype)
+        configs = merge_configs(block, w.shape[1], crowded)
         facts = w, block, len(a), keep, seed is not None, str(seen.dtype), base is not None
-        tuned("nf4_encode_merge", MERGE, facts, start)
+        tuned("nf4_encode_merge", configs, facts, start)
     return codes, scales, moments
 
 

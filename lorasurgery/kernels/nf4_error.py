@@ -69,7 +69,7 @@ def launch(flat: Tensor, codes: Tensor, absmax: Tensor, block: int) -> tuple[flo
     import torch
 
     from lorasurgery.kernels._nf4_triton import QUANTIZE, error
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._tuning import Config, of_32_threads, over_blocks, tuned
 
     if not len(flat):
         return 0.0, 0.0, 0.0
@@ -78,17 +78,16 @@ def launch(flat: Tensor, codes: Tensor, absmax: Tensor, block: int) -> tuple[flo
     found: list[Tensor] = []
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        programs = -(-len(absmax) // rows)
+        layout = over_blocks(config, block)
+        programs = -(-len(absmax) // layout["ROWS"])
         sums = torch.empty(2, programs, dtype=torch.float64, device=device)
         largest = torch.empty(programs, device=device)
         error[(programs,)](
-            *inputs, table, sums, largest, len(flat), BLOCK=block, ROWS=rows,
-            num_warps=config["num_warps"], enable_fp_fusion=False,
+            *inputs, table, sums, largest, len(flat), len(codes), **layout, enable_fp_fusion=False,
         )  # fmt: skip
         found[:] = sums, largest
 
-    tuned("nf4_error", QUANTIZE, (flat, block), start)
+    tuned("nf4_error", of_32_threads(QUANTIZE), (flat, block), start)
     error2, norm2 = found[0].sum(dim=1).tolist()
     return error2, norm2, float(found[1].max())
 

@@ -95,8 +95,8 @@ def launch(
     """The same in Triton, some blocks a program."""
     import torch
 
-    from lorasurgery.kernels._merge_nf4_triton import MERGE, merge
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._merge_nf4_triton import merge, merge_configs
+    from lorasurgery.kernels._tuning import Config, over_blocks, tuned
 
     n, device = b.shape[0] * a.shape[1], codes.device
     packed = torch.empty(len(codes), dtype=torch.uint8, device=device)
@@ -106,16 +106,17 @@ def launch(
     moments = torch.empty(len(absmax), nf4_moments.COUNT, dtype=torch.float64, device=device)
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        merge[(-(-len(scales) // rows),)](
-            *inputs, packed, scales, moments, table, n, a.shape[1], len(a), offset, k1, k2,
-            KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype), BLOCK=block, ROWS=rows,
-            num_warps=max(config["num_warps"], block // 256), enable_fp_fusion=False,
+        layout = over_blocks(config, block)
+        merge[(-(-len(scales) // layout["ROWS"]),)](
+            *inputs, packed, scales, moments, table, n, len(codes), a.shape[1], len(a), offset,
+            k1, k2, KEEP=keep, CHANCE=seed is not None, DTYPE=dtype_name(dtype),
+            WHOLE=a.shape[1] % block == 0, **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
+        configs = merge_configs(block, a.shape[1], seed is not None)
         facts = codes, block, len(a), dtype_name(dtype), keep, seed is not None
-        tuned("nf4_merge", MERGE, facts, start)
+        tuned("nf4_merge", configs, facts, start)
     return packed, scales, moments
 
 

@@ -121,7 +121,7 @@ def launch(
     import torch
 
     from lorasurgery.kernels._nf4_triton import QUANTIZE, quantize
-    from lorasurgery.kernels._tuning import Config, tuned
+    from lorasurgery.kernels._tuning import Config, of_32_threads, over_blocks, tuned
 
     n, device, flat = len(flat), flat.device, flat.contiguous()
     codes, table = torch.empty(-(-n // 2), dtype=torch.uint8, device=device), _table(device)
@@ -130,14 +130,14 @@ def launch(
     k1, k2 = map(int, keys(seed or 0))
 
     def start(config: Config) -> None:
-        rows = max(1, config["WEIGHTS"] // block)
-        quantize[(-(-len(scales) // rows),)](
-            flat, scales, codes, table, n, offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
-            BLOCK=block, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=False,
+        layout = over_blocks(config, block)
+        quantize[(-(-len(scales) // layout["ROWS"]),)](
+            flat, scales, codes, table, n, len(codes), offset, k1, k2, KEEP=keep, CHANCE=seed is not None,
+            **layout, enable_fp_fusion=False,
         )  # fmt: skip
 
     if n:
-        tuned("quantize", QUANTIZE, (flat, block, keep, seed is not None), start)
+        tuned("quantize", of_32_threads(QUANTIZE), (flat, block, keep, seed is not None), start)
     return codes, scales
 
 
