@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasurgery.kernels import _dora_triton as kernels
+from lorasurgery.kernels._tensors import carrier
 from lorasurgery.kernels._tuning import Config, tuned
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def scaled(base: Tensor, lora: Tensor | None, scale: Tensor) -> Tensor:
 
     def launch(config: Config) -> None:
         kernels.scaled[(-(-base.numel() // config["SIZE"]),)](
-            base, base if lora is None else lora, scale, _carrier(out), base.numel(),
+            base, base if lora is None else lora, scale, carrier(out), base.numel(),
             base.shape[1], LORA=lora is not None, BFLOAT=base.dtype == torch.bfloat16, **config,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -101,7 +102,7 @@ def scaled_backward(
         grid = -(-rows // config["ROWS"]), -(-columns // config["COLUMNS"])
         partial = torch.empty(grid[0], columns, dtype=torch.float64, device=base.device)
         kernels.scaled_backward[grid](
-            g, base, base if lora is None else lora, scale, _carrier(out), partial, rows, columns,
+            g, base, base if lora is None else lora, scale, carrier(out), partial, rows, columns,
             LORA=lora is not None, BFLOAT=base.dtype == torch.bfloat16, **config,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -111,8 +112,3 @@ def scaled_backward(
         return out, scale.new_zeros(columns)
     tuned("scaled_backward", BACKWARD, (base,), launch)
     return out, found[0].sum(dim=0).float()
-
-
-def _carrier(out: Tensor) -> Tensor:
-    """A bfloat16 is written as int16, rounded by integer arithmetic."""
-    return out.view(torch.int16) if out.dtype == torch.bfloat16 else out

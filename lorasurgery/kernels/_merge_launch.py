@@ -8,7 +8,7 @@ import torch
 
 from lorasurgery.kernels import _merge_triton as kernels
 from lorasurgery.kernels._chance import keys
-from lorasurgery.kernels._tensors import dtype_name
+from lorasurgery.kernels._tensors import carrier, dtype_name
 from lorasurgery.kernels._tuning import Config, tuned
 from lorasurgery.kernels.dora_merge import LANES
 
@@ -30,7 +30,7 @@ def merge(
     (rows, columns), (seed, offset), (a, b) = w.shape, chance, factors
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     half = dtype == torch.float16 and seed is not None
-    as_bits = out.view(torch.int16) if half or dtype == torch.bfloat16 else out
+    as_bits = out.view(torch.int16) if half else carrier(out)
     bfloat, (k1, k2) = w.dtype == torch.bfloat16, map(int, keys(seed or 0))
     sums = [torch.zeros(3, 0, dtype=torch.float64, device=w.device)]
 
@@ -38,7 +38,7 @@ def merge(
         grid = -(-rows // config["ROWS"]), -(-columns // config["COLUMNS"])
         sums[0] = torch.empty(3, grid[0] * grid[1], dtype=torch.float64, device=w.device)
         kernels.merge[grid](
-            w.view(torch.int16) if bfloat else w, a, b, a if gain is None else gain, as_bits,
+            carrier(w), a, b, a if gain is None else gain, as_bits,
             sums[0], rows, columns, len(a), offset, k1, k2, GAIN=gain is not None, BFLOAT=bfloat,
             KIND=dtype_name(dtype), CHANCE=seed is not None, **config, enable_fp_fusion=False,
         )  # fmt: skip
@@ -57,7 +57,7 @@ def gains(w: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
 
     def start(config: Config) -> None:
         kernels.gains[(-(-rows // config["ROWS"]),)](
-            w.view(torch.int16) if bfloat else w, a, b, m, out, rows, columns, len(a),
+            carrier(w), a, b, m, out, rows, columns, len(a),
             BFLOAT=bfloat, LANES=LANES, HALVINGS=LANES.bit_length() - 1, **config,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from lorasurgery.kernels._nf4_lookup import WIDE
+from lorasurgery.kernels._nf4_lookup import WIDE, data, declared
 from lorasurgery.kernels._numba import inner
 
 CELLS = 32
@@ -80,7 +80,7 @@ _look: Any = intrinsic(_typed)
 
 def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     x, counts, own, nibbles = (
-        context.make_array(kind)(context, builder, arg).data
+        data(context, builder, kind, arg)
         for kind, arg in zip(signature.args[:4], args[:4], strict=True)
     )
     v = _load(builder, builder.gep(x, [args[4]]), _FLOATS)
@@ -107,8 +107,7 @@ def _chosen(builder: Any, kind: str, table: tuple[Any, Any], index: Any) -> Any:
     low, high = (_load(builder, half, vector) for half in (pointer, second))
     name = f"llvm.x86.avx512.vpermi2var.{kind}.512"
     typed = ir.FunctionType(vector, [vector, _INTS, vector])
-    permute = builder.module.globals.get(name) or ir.Function(builder.module, typed, name)
-    return builder.call(permute, [low, index, high])
+    return builder.call(declared(builder, name, typed), [low, index, high])
 
 
 def _load(builder: Any, pointer: Any, kind: Any) -> Any:

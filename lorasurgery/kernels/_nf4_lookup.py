@@ -54,7 +54,7 @@ _permute: Any = intrinsic(_typed)
 
 def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     codes, pairs, values = (
-        context.make_array(kind)(context, builder, arg).data
+        data(context, builder, kind, arg)
         for kind, arg in zip(signature.args[:3], args[:3], strict=True)
     )
     # the first 16 words are the pairs of level 0 with each level: their high halves are the table
@@ -64,7 +64,7 @@ def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     narrow = _load(builder, builder.gep(codes, [args[3]]), ir.VectorType(ir.IntType(8), 16), 1)
     wide = builder.zext(narrow, _INTS)
     name, kind = "llvm.x86.avx512.permvar.sf.512", ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
-    permute = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    permute = declared(builder, name, kind)
     high = builder.call(permute, [table, builder.lshr(wide, ir.Constant(_INTS, [4] * 16))])
     low = builder.call(permute, [table, builder.and_(wide, ir.Constant(_INTS, [15] * 16))])
     for half in (0, 8):
@@ -74,6 +74,16 @@ def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         target = builder.bitcast(builder.gep(values, [start]), _FLOATS.as_pointer())
         builder.store(mixed, target, align=4)
     return context.get_dummy_value()
+
+
+def data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Where an array's elements lie."""
+    return context.make_array(kind)(context, builder, array).data
+
+
+def declared(builder: Any, name: str, kind: Any) -> Any:
+    """One of LLVM's own functions, declared once a module."""
+    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
 def _load(builder: Any, pointer: Any, kind: Any, align: int) -> Any:

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lorasurgery.kernels._nf4_lookup import WIDE
+from lorasurgery.kernels._nf4_lookup import WIDE, declared
 from lorasurgery.kernels._nf4_wide import _load, _number, _spread, _times, pointers
 
 # LLVM's bfloat16 is a type of its own since 17
@@ -88,25 +88,21 @@ def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 def _narrow(builder: Any, levels: Any) -> Any:
     """Sixteen float32 to bfloat16, and the same again: a permutation takes 32."""
     kind = ir.FunctionType(_HALF_BRAINS, [_FLOATS])
-    short = builder.call(_named(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind), [levels])
+    short = builder.call(declared(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", kind), [levels])
     twice = ir.Constant(ir.VectorType(ir.IntType(32), 32), [*range(16)] * 2)
     return builder.bitcast(builder.shuffle_vector(short, short, twice), _WORDS)
 
 
 def _permuted(builder: Any, table: Any, index: Any) -> Any:
     kind = ir.FunctionType(_WORDS, [_WORDS, _WORDS])
-    return builder.call(_named(builder, "llvm.x86.avx512.permvar.hi.512", kind), [table, index])
+    return builder.call(declared(builder, "llvm.x86.avx512.permvar.hi.512", kind), [table, index])
 
 
 def _two_sums(builder: Any, total: Any, w: Any, x: Any) -> Any:
     """The later of two neighbours' products is added first."""
     kind = ir.FunctionType(_FLOATS, [_FLOATS, _BRAINS, _BRAINS])
     both = [builder.bitcast(v, _BRAINS) for v in (w, x)]
-    return builder.call(_named(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind), [total, *both])
-
-
-def _named(builder: Any, name: str, kind: Any) -> Any:
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(declared(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind), [total, *both])
 
 
 def _at(builder: Any, data: Any, kind: Any, place: Any) -> Any:

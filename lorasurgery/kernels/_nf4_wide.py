@@ -12,6 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lorasurgery.kernels._nf4_lookup import data, declared
 from lorasurgery.kernels._numba import inner
 
 STEP = 64  # weights, 32 bytes of codes
@@ -61,7 +62,7 @@ def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     like = kinds[1][2].dtype
     blocks, each = (builder.extract_value(args[3], i) for i in (0, 1))
     name, kind = "llvm.x86.avx512.permvar.sf.512", ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
-    permute = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    permute = declared(builder, name, kind)
     zero = ir.Constant(_FLOATS, [0.0] * 16)
     levels = _load(builder, plain, _FLOATS, _number(each, 0))
     sums = [cgutils.alloca_once_value(builder, zero) for _ in range(4)]
@@ -89,12 +90,9 @@ def _build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
 def pointers(context: Any, builder: Any, kinds: Any, args: Any) -> list[Any]:
     """Where the codes, x, the sums, absmax and the table lie, of what a row takes."""
-
-    def data(kind: Any, value: Any) -> Any:
-        return context.make_array(kind)(context, builder, value).data
-
-    inner_ones = (data(kinds[1][i], builder.extract_value(args[1], i)) for i in (0, 1))
-    return [*(data(kinds[i], args[i]) for i in (0, 2, 4)), *inner_ones]
+    given = [(kinds[i], args[i]) for i in (0, 2, 4)]
+    given += [(kinds[1][i], builder.extract_value(args[1], i)) for i in (0, 1)]
+    return [data(context, builder, kind, array) for kind, array in given]
 
 
 def _spread(builder: Any, value: Any) -> Any:

@@ -40,6 +40,13 @@ def dtype_name(dtype: Dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def carrier(tensor: Tensor) -> Tensor:
+    """A bfloat16 as the int16 of its bits: kernels round it by integer arithmetic, wherever they run."""
+    import torch
+
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
 def _array(arg: Any, seen: Callable[[Tensor], Array]) -> Any:
     if is_tensor(arg):
         return seen(arg.detach())

@@ -16,7 +16,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta, lora_merge, nf4_dequantize, nf4_merge
 from lorasurgery.kernels._chance import keys
-from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, carrier, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def launch(
     shape, device = (b.shape[0], a.shape[1]), codes.device
     out = torch.empty(shape, dtype=dtype, device=device)
     half = dtype == torch.float16 and seed is not None
-    as_bits = out.view(torch.int16) if half or dtype == torch.bfloat16 else out
+    as_bits = out.view(torch.int16) if half else carrier(out)
     inputs = [x.contiguous() for x in (codes, absmax, a, b)]
     table, (k1, k2) = torch.from_numpy(NF4.copy()).to(device), map(int, keys(seed or 0))
     sums = [torch.zeros(3, 0, dtype=torch.float64, device=device)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
-from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, dtype_name, is_tensor
+from lorasurgery.kernels._tensors import FLOATS, Data, Dtype, carrier, dtype_name, is_tensor
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -143,7 +143,7 @@ def launch(codes: Tensor, absmax: Tensor, block: int, n: int, dtype: Any, table:
 
     def start(config: Config) -> None:
         dequantize[(-(-n // config["SIZE"]),)](
-            codes, absmax, table, out.view(torch.int16) if bfloat else out, n, len(codes), BLOCK=block,
+            codes, absmax, table, carrier(out), n, len(codes), BLOCK=block,
             BFLOAT=bfloat, **config, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from lorasurgery.arrays import Array
 from lorasurgery.errors import ShapeError
 from lorasurgery.kernels import lora_delta, nf4_dequantize, nf4_moments, nf4_quantize
 from lorasurgery.kernels._chance import keys
-from lorasurgery.kernels._tensors import FLOATS, Data, dtype_name, is_tensor
+from lorasurgery.kernels._tensors import FLOATS, Data, carrier, dtype_name, is_tensor
 from lorasurgery.kernels.nf4_dequantize import NF4
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def launch(
     scales = torch.empty(-(-n // block), device=device)
     moments = torch.empty(len(scales), nf4_moments.COUNT, dtype=torch.float64, device=device)
     given = scales if absmax is None else absmax.contiguous()
-    dense, seen = _bits(w), _bits(w if base is None else base)
+    dense, seen = (carrier(t.contiguous()) for t in (w, w if base is None else base))
     a, b = a.contiguous(), b.contiguous()
     table, (k1, k2) = torch.from_numpy(NF4.copy()).to(device), map(int, keys(seed or 0))
 
@@ -136,14 +136,6 @@ def launch(
         facts = w, block, len(a), keep, seed is not None, str(seen.dtype), base is not None
         tuned("nf4_encode_merge", configs, facts, start)
     return codes, scales, moments
-
-
-def _bits(w: Tensor) -> Tensor:
-    """A bfloat16 as the int16 of its bits."""
-    import torch
-
-    w = w.contiguous()
-    return w.view(torch.int16) if w.dtype == torch.bfloat16 else w
 
 
 def cases(rng: Generator) -> Iterator[tuple[str, tuple[Any, ...]]]:
